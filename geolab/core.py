@@ -263,7 +263,7 @@ def progress(
     items: Iterable|None = None, # What to go through; `None` for a bar that is moved with `update`
     desc: str = "", # What is being done
     total: int|None = None, # Number of items, if `items` does not know
-    **kwargs, # Passed to tqdm
+    **kwargs, # Passed to tqdm, e.g. `leave=True`
 ) -> tqdm: # Iterates over `items`
-    "A progress bar that leaves its last state standing only where nothing else follows."
-    return tqdm(items, desc=desc, total=total, leave=kwargs.pop("leave", False), mininterval=kwargs.pop("mininterval", .5), **kwargs)
+    "A progress bar; it appears after half a second, and goes when the work is done."
+    return tqdm(items, desc=desc, total=total, **{**dict(leave=False, mininterval=.5, delay=.5), **kwargs})
