@@ -1,6 +1,5 @@
 """The rules of the house: what every notebook, every module and the built package must keep to. Each test lists all faults that it finds."""
 import ast
-import configparser
 import json
 import re
 import shutil
