@@ -58,11 +58,15 @@ def where(path, line):
 ROOMS = {f"geolab.{module}": int(re.match(r"\d+", nb.name)[0]) for nb in NOTEBOOKS if (module := module_of(nb))}
 
 
+def parsed(source):
+    "Syntax of a cell, without lines for IPython or the shell."
+    lines = [] if source.startswith("%%") else source.splitlines()
+    return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines))
+
+
 def imports_of(source):
     "Names of geolab modules that a cell imports, wherever in it."
-    if source.startswith("%%"): return
-    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom): yield from [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
 
@@ -78,13 +82,24 @@ def test_a_room_has_its_own_number_and_the_name_of_its_file():
     assert len(set(ROOMS.values())) == len(ROOMS), sorted(ROOMS.items(), key=lambda pair: pair[1])
 
 
+def test_import_cells_hold_only_imports():
+    "The docs run exported cells and cells with an import, no others: what stands beside an import there lacks the cells before it."
+    def mixed(source):
+        if re.search(r"^#\| *(?:export|eval: *false)", source, re.M) or "nbdev_export()" in source: return False
+        kinds = {type(node) for node in ast.walk(parsed(source))}
+        return bool(kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign})
+    none(f"{nb.name} cell {i} mixes imports and other code" for nb in NOTEBOOKS if module_of(nb) for i, source in cells(nb) if mixed(source))
+
+
 def test_sidebar_lists_every_notebook_once():
     def pages(node):
         if isinstance(node, str): yield node
         elif isinstance(node, list): yield from (page for item in node for page in pages(item))
         else: yield from pages([node[key] for key in ("href", "contents") if key in node])
-    sidebar = yaml.safe_load((NBS/"sidebar.yml").read_text())
-    assert sorted(pages(sidebar["website"]["sidebar"])) == sorted(str(nb.relative_to(NBS)) for nb in NOTEBOOKS)
+    listed = list(pages(yaml.safe_load((NBS/"sidebar.yml").read_text())["website"]["sidebar"]))
+    exist = {nb.relative_to(NBS).as_posix() for nb in NOTEBOOKS}
+    none([f"not in nbs/sidebar.yml: {page}" for page in exist - set(listed)] + [f"in nbs/sidebar.yml, but not in nbs/: {page}" for page in set(listed) - exist]
+         + [f"twice in nbs/sidebar.yml: {page}" for page in set(listed) if listed.count(page) > 1])
 
 
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|Users|opt/conda)/[^\s\"']+|[^\s\"']*site-packages[^\s\"']*")
