@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_runs', 'join_runs', 'connect_runs', 'trace_runs', 'polygonise', 'write_polygons']
 
-# %% ../../nbs/inference/65_vectorize.ipynb #73d77b39
+# %% ../../nbs/inference/65_vectorize.ipynb #94ee61ff
 import math
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..core import ConfigError, DataError, atomic_file
-from ..data.raster import RasterInfo, raster_windows, read_info, read_window
+from ..data.raster import raster_windows, read_info, read_window
 
-# %% ../../nbs/inference/65_vectorize.ipynb #d7007ab6
+# %% ../../nbs/inference/65_vectorize.ipynb #9c43d2ef
 def find_runs(
     values: Float[np.ndarray, "h w"], # A window of the map
     positive: Bool[np.ndarray, "h w"], # Which of its pixels count
@@ -43,7 +43,7 @@ def join_runs(
     continues = (runs.row == runs.row.shift()) & (runs.start == runs.stop.shift())
     return runs.groupby((~continues).cumsum(), sort=False).agg(dict(row="first", start="first", stop="last", total="sum", top="max")).reset_index(drop=True)
 
-# %% ../../nbs/inference/65_vectorize.ipynb #c0347775
+# %% ../../nbs/inference/65_vectorize.ipynb #dbdc1d0f
 def connect_runs(
     runs: pd.DataFrame, # Sorted runs
     connectivity: int = 8, # 4: pixels with a common side; 8: a common corner is enough
@@ -62,7 +62,7 @@ def connect_runs(
     _, at, label = np.unique(label, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(at))[label]
 
-# %% ../../nbs/inference/65_vectorize.ipynb #78f9f5a4
+# %% ../../nbs/inference/65_vectorize.ipynb #66df7681
 def _twins(*keys):
     "Which entries of sorted arrays equal a neighbour in all of them?"
     same, n = np.logical_and.reduce([k[1:] == k[:-1] for k in keys]), len(keys[0])
@@ -114,7 +114,7 @@ def trace_runs(
     found[single] = shapely.get_geometry(found[single], 0)
     return found
 
-# %% ../../nbs/inference/65_vectorize.ipynb #3bf70caf
+# %% ../../nbs/inference/65_vectorize.ipynb #2c0637b7
 def polygonise(
     map_path: Path|str, # Raster with one band, such as `predict_raster` writes
     threshold: float, # In the units of the map; a pixel at the threshold is positive
@@ -148,7 +148,7 @@ def _pixel_areas(info, rows):
     rows, at = np.unique(rows, return_inverse=True)
     return np.array([info.pixel_area(int(row)) for row in rows], float)[at]
 
-# %% ../../nbs/inference/65_vectorize.ipynb #e81879d4
+# %% ../../nbs/inference/65_vectorize.ipynb #338aecc0
 def write_polygons(
     polygons: gpd.GeoDataFrame, # With a CRS; may be empty
     folder: Path|str, # Where to write
