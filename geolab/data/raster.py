@@ -6,11 +6,11 @@
 __all__ = ['SUFFIXES', 'write_geotiff', 'RasterInfo', 'read_info', 'read_window', 'raster_windows', 'read_labels', 'rasterise',
            'find_images', 'Scene', 'open_scenes', 'has_valid_pixel', 'BandScale', 'fit_band_scale']
 
-# %% ../../nbs/data/10_raster.ipynb #5357b0be
+# %% ../../nbs/data/10_raster.ipynb #a0e382e3
 import math, os, threading, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
@@ -33,7 +33,7 @@ from rasterio.windows import transform as window_transform
 
 from ..core import DataError, atomic_file, nearest
 
-# %% ../../nbs/data/10_raster.ipynb #f48ca837
+# %% ../../nbs/data/10_raster.ipynb #825584e6
 @contextmanager
 def _speaking_of(path, action="read"):
     "Turn what rasterio raises into a `DataError` that names the file."
@@ -69,7 +69,7 @@ def write_geotiff(
         except (TypeError, ValueError) as error: raise DataError(f"cannot write {path} with dtype {array.dtype} and nodata {nodata}: {error}") from error
     return Path(path)
 
-# %% ../../nbs/data/10_raster.ipynb #afde4383
+# %% ../../nbs/data/10_raster.ipynb #8753559c
 @dataclass(frozen=True)
 class RasterInfo:
     "A raster without its pixels: size, bands, place."
@@ -102,7 +102,7 @@ class RasterInfo:
             if name not in self.bands: raise DataError(f"{self.path} has no band `{name}`; it has {', '.join(self.bands)}")
         return [self.bands.index(name) + 1 for name in bands or self.bands]
 
-# %% ../../nbs/data/10_raster.ipynb #d07218a7
+# %% ../../nbs/data/10_raster.ipynb #d4e39eda
 @lru_cache(maxsize=64)
 def _handle(path, stamp, process, thread): # a file that changed, a forked worker or another thread never meets an old handle
     with warnings.catch_warnings():
@@ -146,7 +146,7 @@ def read_info(
     dtype = np.result_type(*(np.dtype(name) for name in dtypes)).name
     return RasterInfo(path, src.width, src.height, src.count, dtype, src.crs, t, src.nodata, names)
 
-# %% ../../nbs/data/10_raster.ipynb #d7cb7f1a
+# %% ../../nbs/data/10_raster.ipynb #6a4e5823
 @patch
 def pixel_area(self: RasterInfo,
     row: int|None = None, # Row of the pixel; `None` for the middle of the raster. Only matters on the ellipsoid
@@ -167,7 +167,7 @@ def pixel_side(self: RasterInfo) -> float:
     "Side in metres of a square with the area of the middle pixel: the resolution, whatever the CRS."
     return math.sqrt(self.pixel_area())
 
-# %% ../../nbs/data/10_raster.ipynb #dc2322f3
+# %% ../../nbs/data/10_raster.ipynb #44bb5cd2
 def read_window(
     raster: RasterInfo|Path|str, # A raster; with a `RasterInfo` nothing is checked again
     row: int, # First row; may lie outside
@@ -184,14 +184,15 @@ def read_window(
     (r0, r1), (c0, c1) = (max(row, 0), min(row + height, info.height)), (max(col, 0), min(col + width, info.width))
     if r0 >= r1 or c0 >= c1: return image, valid
     here, window = (slice(r0 - row, r1 - row), slice(c0 - col, c1 - col)), Window(c0, r0, c1 - c0, r1 - r0)
-    with _speaking_of(info.path):
+    with _speaking_of(info.path), np.errstate(over="ignore"):
         src = _dataset(info.path)
-        with np.errstate(over="ignore"): values = src.read(indexes, window=window).astype(np.float32)
-        ok = np.isfinite(values).all(0) & (src.read_masks(indexes, window=window) > 0).all(0)
-    image[:, *here], valid[here] = np.where(ok, values, 0), ok
+        values, ok = src.read(indexes, window=window).astype(np.float32), (src.read_masks(indexes, window=window) > 0).all(0)
+    if info.dtype.startswith("float"): ok &= np.isfinite(values).all(0)
+    if not ok.all(): values[:, ~ok] = 0
+    image[:, *here], valid[here] = values, ok
     return image, valid
 
-# %% ../../nbs/data/10_raster.ipynb #6046d31d
+# %% ../../nbs/data/10_raster.ipynb #8b3881df
 def raster_windows(
     info: RasterInfo, # A raster
     side: int = 1024, # Side of a square window, in pixels; bands of rows hold as many pixels
@@ -203,7 +204,7 @@ def raster_windows(
     for row in range(0, info.height, rows):
         for col in range(0, info.width, cols): yield row, col, min(rows, info.height - row), min(cols, info.width - col)
 
-# %% ../../nbs/data/10_raster.ipynb #dcba2690
+# %% ../../nbs/data/10_raster.ipynb #f10458cc
 def _read_vector(path, layer):
     "The features of a vector file, its CRS checked."
     if not path.exists(): raise DataError(f"{path} is missing; give the path of a vector file")
@@ -238,7 +239,7 @@ def _of_class(features, column, positive, name):
                         f"values there: {', '.join(map(repr, values.dropna().unique()[:10])) or 'none'}")
     return features[keep]
 
-# %% ../../nbs/data/10_raster.ipynb #012323a9
+# %% ../../nbs/data/10_raster.ipynb #3438efb2
 def _polygonal(geometry):
     "The polygons within a repaired geometry."
     parts = shapely.get_parts(geometry)
@@ -272,7 +273,7 @@ def read_labels(
     polygons.attrs = dict(name=Path(name).name, read=len(features), other_class=len(features) - len(chosen), repaired=int((invalid & good).sum()), dropped=int((~good).sum()))
     return polygons
 
-# %% ../../nbs/data/10_raster.ipynb #e6f63a5d
+# %% ../../nbs/data/10_raster.ipynb #4da4ce5a
 def _same_crs(a, b): return CRS.from_user_input(a) == CRS.from_user_input(b)
 
 def _reproject(polygons, crs):
@@ -280,6 +281,19 @@ def _reproject(polygons, crs):
     left, bottom, right, top = polygons.total_bounds
     bent = polygons.geometry.segmentize(max(right - left, top - bottom)/200)
     return gpd.GeoDataFrame(geometry=bent).to_crs(pyproj.CRS.from_user_input(crs))
+
+def _indexed(polygons):
+    "Outlines and their spatial index."
+    shapes = np.asarray(polygons.geometry.values, object)
+    return shapes, shapely.STRtree(shapes)
+
+def _draw(shapes, tree, info, row, col, height, width):
+    "Draw indexed outlines, which lie in the CRS of the raster."
+    left, bottom, right, top = info.window_bounds(row - 1, col - 1, height + 2, width + 2)
+    near = shapely.clip_by_rect(shapes[np.sort(tree.query(shapely.box(left, bottom, right, top)))], left, bottom, right, top)  # most vertices may lie elsewhere
+    near = near[shapely.area(near) > 0]
+    if not len(near): return np.zeros((height, width), np.uint8)
+    return rasterize(near, out_shape=(height, width), transform=window_transform(Window(col, row, width, height), info.transform), dtype=np.uint8)
 
 def rasterise(
     polygons: gpd.GeoDataFrame, # In any CRS; reprojected each time if it is not that of the raster
@@ -289,15 +303,9 @@ def rasterise(
 ) -> UInt8[np.ndarray, "h w"]: # 1 where the centre of a pixel lies in a polygon
     "Draw polygons into a window."
     if len(polygons) and not _same_crs(polygons.crs, info.crs): polygons = _reproject(polygons, info.crs)
-    left, bottom, right, top = info.window_bounds(row - 1, col - 1, height + 2, width + 2)
-    shapes = polygons.geometry.values[polygons.sindex.query(shapely.box(left, bottom, right, top))]
-    shapes = shapely.clip_by_rect(np.asarray(shapes, object), left, bottom, right, top)  # coastlines and catchments have many vertices elsewhere
-    shapes = shapes[shapely.area(shapes) > 0]
-    if not len(shapes): return np.zeros((height, width), np.uint8)
-    transform = window_transform(Window(col, row, width, height), info.transform)
-    return rasterize(shapes, out_shape=(height, width), transform=transform, dtype=np.uint8)
+    return _draw(*_indexed(polygons), info, row, col, height, width)
 
-# %% ../../nbs/data/10_raster.ipynb #a7a326d1
+# %% ../../nbs/data/10_raster.ipynb #229dd299
 SUFFIXES = (".tif", ".tiff", ".vrt")
 
 def find_images(
@@ -317,7 +325,7 @@ def find_images(
     if not found: raise DataError(f"no raster at {spec}; give a file, a folder with {', '.join(SUFFIXES)} files, or a pattern such as scenes/*.tif")
     return sorted(found)
 
-# %% ../../nbs/data/10_raster.ipynb #e5f1a9fc
+# %% ../../nbs/data/10_raster.ipynb #7932fd34
 @dataclass(eq=False)
 class Scene:
     "An image with its labels and area of interest; holds no pixels and no open file."
@@ -337,28 +345,34 @@ class Scene:
         kind = f"{len(self.labels)} polygons" if self.labels is not None else f"mask {self.label_raster.path.name}" if self.label_raster else "no labels"
         return f"Scene({self.id!r}, {self.info.height} x {self.info.width} px, {', '.join(self.bands)}; {kind}{'; within an area of interest' if self.aoi is not None else ''})"
 
+    @cached_property
+    def _outlines(self): return _indexed(self.labels)
+    @cached_property
+    def _area(self): return _indexed(self.aoi)
+
     def read_mask(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
         "Labels of a window, and where they are known; the image is not read."
         if not self.labelled: raise DataError(f"scene {self.id} has no labels; give `labels` to `open_scenes`")
-        known = np.ones((height, width), bool) if self.aoi is None else rasterise(self.aoi, self.info, row, col, height, width) > 0
-        if self.labels is not None: mask = rasterise(self.labels, self.info, row, col, height, width)
+        window = row, col, height, width
+        known = np.ones((height, width), bool) if self.aoi is None else _draw(*self._area, self.info, *window) > 0
+        if self.labels is not None: mask = _draw(*self._outlines, self.info, *window)
         else:
-            (values,), measured = read_window(self.label_raster, row, col, height, width)
+            (values,), measured = read_window(self.label_raster, *window)
             mask = np.isin(values, self.positive) if self.positive is not None else (values > 0) & (values != 255)
             known &= measured & (mask | ((values >= 0) & (values != 255)))
-        return np.where(known, mask, 0).astype(np.int64), known
+        return mask*known.astype(np.int64), known
 
     def read(self, row: int, col: int, height: int, width: int, bands: Sequence[str]|None = None) -> dict:
         "`image` (c, h, w) float32, `valid` (h, w) bool and, if there are labels, `mask` (h, w) int64."
-        image, valid = read_window(self.info, row, col, height, width, bands=bands or self.bands)
-        if self.labelled:
-            mask, known = self.read_mask(row, col, height, width)
+        window = row, col, height, width
+        image, valid = read_window(self.info, *window, bands=bands or self.bands)
+        mask, known = self.read_mask(*window) if self.labelled else (None, True if self.aoi is None else _draw(*self._area, self.info, *window) > 0)
+        if not np.all(known):
             valid &= known
-            return dict(image=np.where(valid, image, 0), mask=np.where(valid, mask, 0), valid=valid)
-        if self.aoi is not None: valid &= rasterise(self.aoi, self.info, row, col, height, width) > 0
-        return dict(image=np.where(valid, image, 0), valid=valid)
+            image[:, ~valid] = 0
+        return dict(image=image, mask=mask*valid, valid=valid) if self.labelled else dict(image=image, valid=valid)
 
-# %% ../../nbs/data/10_raster.ipynb #537a1e10
+# %% ../../nbs/data/10_raster.ipynb #7385190f
 def _polygons_in(polygons, info):
     "Polygons that meet the raster, in its CRS, under the index they had."
     same = _same_crs(polygons.crs, info.crs)
@@ -384,7 +398,7 @@ def _check_alike(infos):
         for what, a, b in [("bands", first.count, other.count), ("number type", first.dtype, other.dtype), ("band names", first.bands, other.bands)]:
             if a != b: raise DataError(f"images differ in their {what}: {first.path} has {a}, {other.path} has {b}; use images of one kind")
 
-# %% ../../nbs/data/10_raster.ipynb #99fdac64
+# %% ../../nbs/data/10_raster.ipynb #bc555d10
 def _pair_masks(infos, masks, positive):
     "The mask of each image, by file name, on the same grid."
     masks = [read_info(path) for path in find_images(masks)]
@@ -423,7 +437,7 @@ def _place(polygons, infos, name):
     if used < len(polygons): notes.append(f"{name}: {len(polygons) - used} of {len(polygons)} polygons lie outside every image")
     return parts, used, notes
 
-# %% ../../nbs/data/10_raster.ipynb #4535d989
+# %% ../../nbs/data/10_raster.ipynb #97e87eee
 def open_scenes(
     images: str|Path|Sequence, # What `find_images` takes
     labels: str|Path|Sequence|gpd.GeoDataFrame|None = None, # A vector file or GeoDataFrame; or mask rasters (file, folder, pattern), paired with the images by file name
@@ -463,7 +477,7 @@ def open_scenes(
               for id, info, polygons, mask, area in zip(_scene_ids(infos), infos, vectors, masks, areas)]
     return scenes, notes
 
-# %% ../../nbs/data/10_raster.ipynb #12834f7e
+# %% ../../nbs/data/10_raster.ipynb #a4dfdf9b
 def has_valid_pixel(
     scene: Scene|RasterInfo, # What is searched; of a scene also the area of interest counts
 ) -> bool:
@@ -471,7 +485,7 @@ def has_valid_pixel(
     if isinstance(scene, RasterInfo): return any(read_window(scene, *window)[1].any() for window in raster_windows(scene))
     return any(scene.read(*window)["valid"].any() for window in raster_windows(scene.info))
 
-# %% ../../nbs/data/10_raster.ipynb #734c5f23
+# %% ../../nbs/data/10_raster.ipynb #7172c0b1
 @dataclass(frozen=True)
 class BandScale:
     "Mean and deviation per band, and the kind of image that they belong to."
@@ -505,7 +519,7 @@ class BandScale:
     @classmethod
     def from_dict(cls, values: dict) -> "BandScale": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../../nbs/data/10_raster.ipynb #a47c06ae
+# %% ../../nbs/data/10_raster.ipynb #b01d9d37
 def fit_band_scale(
     scenes: Sequence[Scene], # Where the windows lie
     windows: Iterable[tuple[str, int, int, int, int]], # Scene id, row, col, height, width; windows of the train part only
