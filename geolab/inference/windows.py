@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WindowPlan', 'plan_windows', 'MapDraft', 'predict_windows', 'predict_raster']
 
-# %% ../../nbs/inference/60_windows.ipynb #89f56874
+# %% ../../nbs/inference/60_windows.ipynb #b835544d
 import hashlib, math, os, shutil, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +20,19 @@ import rasterio.shutil
 import shapely
 import torch
 from fastcore.basics import patch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from rasterio._err import CPLE_BaseError
 from rasterio.dtypes import dtype_rev, typename_fwd
 from rasterio.errors import RasterioError
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..core import ConfigError, DataError, GeolabError, RunError, atomic_file, check_shape, content_hash, progress as progress_bar
 from ..data.raster import BandScale, RasterInfo, rasterise, read_info, read_labels, read_window
+from ..evaluation.calibration import Calibrator
+from ..evaluation.thresholds import Threshold
 
-# %% ../../nbs/inference/60_windows.ipynb #4c6e2a5b
+# %% ../../nbs/inference/60_windows.ipynb #9543d50c
 def _origins(length, size, stride):
     "First pixels of evenly spread windows, at most `stride` apart."
     n = math.ceil((length - size)/stride) + 1
@@ -47,7 +49,7 @@ def _weights(origins, length, size, ramp, halo):
     for o in origins: total[o:o + size] += profile
     return np.array([profile/total[o:o + size] for o in origins], np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #219142c2
+# %% ../../nbs/inference/60_windows.ipynb #b05ef115
 @dataclass(frozen=True)
 class WindowPlan:
     "Windows in rows, all of one size, and how much each of them counts."
@@ -80,7 +82,7 @@ def plan_windows(
     weights = (_weights(o, n, size, tile - stride, halo) for o, n, size in zip((rows, cols), (height, width), window))
     return WindowPlan(height, width, window, rows, cols, *weights)
 
-# %% ../../nbs/inference/60_windows.ipynb #e133a8f6
+# %% ../../nbs/inference/60_windows.ipynb #bbe9dce7
 def _lock(path, target):
     "Lock a file, or say who holds it. The system frees the lock when the process ends, however it ends."
     try: import fcntl
@@ -99,7 +101,7 @@ def _lock(path, target):
     file.truncate(0); file.write(str(os.getpid())); file.flush()
     return file
 
-# %% ../../nbs/inference/60_windows.ipynb #b618e941
+# %% ../../nbs/inference/60_windows.ipynb #6ee63feb
 class MapDraft:
     "Finished rows of a map that is being drawn, in a folder beside it. One writer at a time."
     def __init__(self,
@@ -128,7 +130,7 @@ class MapDraft:
         if not self.ends: shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
 
-# %% ../../nbs/inference/60_windows.ipynb #d4170efa
+# %% ../../nbs/inference/60_windows.ipynb #c6c4e980
 @patch
 def write(self: MapDraft,
     values: np.ndarray, # (h, w): finished rows that follow those written before
@@ -152,7 +154,7 @@ def carry(self: MapDraft,
     "What the rows after the last finished band have got so far."
     return np.fromfile(self.folder/f"carry{(len(self.ends) - 1) % 2}", np.float32).reshape(-1, width) if self.ends else np.zeros((0, width), np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #9a035d1e
+# %% ../../nbs/inference/60_windows.ipynb #8ccf73ad
 _VRT = """<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{transform}</GeoTransform><Metadata>{tags}</Metadata>
 <VRTRasterBand dataType="{gdal_type}" band="1" subClass="VRTRawRasterBand"><Description>{name}</Description><NoDataValue>{nodata}</NoDataValue>
 <SourceFilename relativetoVRT="1">rows</SourceFilename><PixelOffset>{item}</PixelOffset><LineOffset>{line}</LineOffset><ByteOrder>LSB</ByteOrder></VRTRasterBand></VRTDataset>"""
@@ -182,7 +184,7 @@ def finish(self: MapDraft,
     shutil.rmtree(self.folder)
     return self.path
 
-# %% ../../nbs/inference/60_windows.ipynb #4acb9b3d
+# %% ../../nbs/inference/60_windows.ipynb #e6686801
 def _stamp(path):
     "What changes when a file does."
     state = os.stat(path)
@@ -225,7 +227,7 @@ def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, ba
             bar.update(len(batch)); batch = []
     return wanted
 
-# %% ../../nbs/inference/60_windows.ipynb #e9a7ae88
+# %% ../../nbs/inference/60_windows.ipynb #f1de8747
 def predict_windows(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 1 h w"]], # From scaled images, 0 where not valid, to logits
     raster: RasterInfo|Path|str, # What is mapped
@@ -270,7 +272,7 @@ def predict_windows(
         if _stamp(info.path) != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
         return draft.finish(info, dtype, nodata, name=name, tags=tags)
 
-# %% ../../nbs/inference/60_windows.ipynb #d9c5a716
+# %% ../../nbs/inference/60_windows.ipynb #1345e9de
 @contextmanager
 def _ready(network, device):
     "The network in evaluation mode on a device, as a function; afterwards it is where and as it was."
@@ -295,24 +297,36 @@ def _logit_of(run, threshold):
     "The logit from which on a pixel is positive."
     if threshold is None: threshold = run.threshold
     if isinstance(threshold, str):
-        if threshold not in run.thresholds: raise ConfigError(f"the run has no threshold for {threshold}; it has those for {', '.join(run.thresholds) or 'none'}")
+        if threshold not in run.thresholds: raise ConfigError(f"the run has no threshold for {threshold}; it has {', '.join(run.thresholds) or 'none'}")
         threshold = run.thresholds[threshold]
-    if getattr(threshold, "logit", 0) is None: raise ConfigError(f"there is no threshold to draw classes with: {threshold.reason}; give a logit as `threshold`")
-    return float(getattr(threshold, "logit", threshold))
+    if isinstance(threshold, Threshold): threshold, reason = threshold.logit, threshold.reason
+    if threshold is None: raise ConfigError(f"there is no threshold to draw classes with: {reason}; give a logit as `threshold`")
+    return float(threshold)
 
-# %% ../../nbs/inference/60_windows.ipynb #c243ca13
+def _written(run, output, threshold):
+    "The function from logits to what is written, and tags that say how."
+    if output not in ("probability", "logit", "class"): raise ConfigError(f"`output` is probability, logit or class, got {output!r}")
+    if output == "class":
+        logit = _logit_of(run, threshold)
+        return lambda z: z >= np.float64(logit), dict(GEOLAB_THRESHOLD_LOGIT=repr(logit))
+    if threshold is not None: raise ConfigError(f"`threshold` belongs to output=\"class\", got it with output={output!r}")
+    if output == "logit": return np.asarray, {}
+    calibrator = run.calibrator or Calibrator()
+    return calibrator.probability, dict(GEOLAB_CALIBRATOR=calibrator.hash)
+
+# %% ../../nbs/inference/60_windows.ipynb #f74ceed9
 def predict_raster(
-    run, # A `Run` or the path of one: `model`, `scale`, `calibrator` and, for classes, `thresholds`
+    run, # A `Run`, the path of one, or what has its `model`, `scale`, `calibrator` and, for classes, `threshold` and `thresholds`
     src: Path|str, # Raster of the kind that the run was trained on
     dst: Path|str, # GeoTIFF to write
     *,
-    output: Literal["probability", "logit", "class"]="probability", # Calibrated probability or the network's logit (float32, NaN where there is no map), or 0 and 1 (uint8, 255 where there is no map)
+    output: Literal["probability", "logit", "class"] = "probability", # Calibrated probability or the network's logit (float32, NaN where there is no map), or 0 and 1 (uint8, 255 where there is no map)
     tile: int|None = None, # Side of a window, in pixels; `None` for that of the training tiles
     overlap: float = .25, # Share of a window that its neighbour covers too, 0 to 0.75
     halo: int|None = None, # Crop this many pixels instead of blending: exact if the network sees no further
     batch_size: int|None = None, # Windows per call of the network; `None` for 1 on a CPU, where large tensors cost time, and 8 on a GPU
     device: str = "auto", # "auto" takes CUDA where there is one
-    threshold=None, # For classes: a logit, a `Threshold`, or the ratio of one of the run's, such as "1:500"; `None` for the run's own
+    threshold: Threshold|float|str|None = None, # For classes: a logit, a `Threshold`, or the ratio of one of the run's, such as "1:500"; `None` for the run's own
     aoi: gpd.GeoDataFrame|Path|str|None = None, # Polygons; outside there is no map
     overwrite: bool = False, # Replace an existing `dst`
     progress: bool = True, # Show a bar with the time left
@@ -321,14 +335,8 @@ def predict_raster(
     if isinstance(run, (str, Path)):
         from geolab.training.runs import Run
         run = Run.load(run)
-    calibrate = run.calibrator.probability if run.calibrator else lambda z: 1/(1 + np.exp(-z.astype(np.float64)))
-    if output == "class": logit = _logit_of(run, threshold)
-    elif output not in ("probability", "logit"): raise ConfigError(f"`output` is probability, logit or class, got {output!r}")
-    elif threshold is not None: raise ConfigError(f"`threshold` belongs to output=\"class\", got it with output={output!r}")
-    transform = dict(probability=calibrate, logit=np.asarray)[output] if output != "class" else lambda z: z >= np.float64(logit)
-    tags = dict(GEOLAB_VERSION=__version__, GEOLAB_OUTPUT=output, GEOLAB_SOURCE=Path(src).name, GEOLAB_WEIGHTS=_weights_hash(run.model))
-    if output == "probability": tags["GEOLAB_CALIBRATOR"] = run.calibrator.hash if run.calibrator else "none"
-    if output == "class": tags["GEOLAB_THRESHOLD_LOGIT"] = repr(logit)
+    transform, how = _written(run, output, threshold)
+    tags = dict(GEOLAB_VERSION=__version__, GEOLAB_OUTPUT=output, GEOLAB_SOURCE=Path(src).name, GEOLAB_WEIGHTS=_weights_hash(run.model)) | how
     if aoi is not None and not isinstance(aoi, gpd.GeoDataFrame): aoi = read_labels(aoi)
     with _ready(run.model, device) as (device, score):
         return predict_windows(score, src, dst, scale=run.scale, tile=tile or run.tile_size, overlap=overlap, halo=halo, batch_size=batch_size or (1 if device.type == "cpu" else 8),
