@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tile_origins', 'tile_index', 'TileDataset', 'plot_sample']
 
-# %% ../../nbs/data/12_tiles.ipynb #c926b8c6
+# %% ../../nbs/data/12_tiles.ipynb #ae64f15d
 from hashlib import blake2b
 from typing import Callable, Sequence
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..core import ConfigError, DataError, progress
 from .raster import BandScale, Scene
 
-# %% ../../nbs/data/12_tiles.ipynb #f5ee17a3
+# %% ../../nbs/data/12_tiles.ipynb #06072e24
 def tile_origins(
     length: int, # Pixels to cover
     size: int, # Side of a tile, in pixels
@@ -30,7 +30,7 @@ def tile_origins(
     if min(length, size, stride) < 1 or stride > size: raise ConfigError(f"expected 1 <= stride <= size and a length of at least 1, got stride {stride}, size {size}, length {length}")
     return [*range(0, max(0, length - size), stride), max(0, length - size)]
 
-# %% ../../nbs/data/12_tiles.ipynb #7644b641
+# %% ../../nbs/data/12_tiles.ipynb #92de00af
 def tile_index(
     scenes: Sequence[Scene], # Labelled scenes
     regions: pd.DataFrame|None, # Columns `block`, `scene`, `part`, `row0`, `row1`, `col0`, `col1`; `None`: every scene is one region
@@ -50,7 +50,7 @@ def tile_index(
                 row, col = int(region["row0"] + r), int(region["col0"] + c)
                 spots.append(dict(id=f"{region['scene']}/r{row:05}c{col:05}", scene=region["scene"], row=row, col=col, height=int(height), width=int(width),
                                   skip_rows=int(above + size - r), skip_cols=int(left + size - c), **{k: region[k] for k in ("block", "part", "row0", "row1", "col0", "col1")}))
-    kept = [spot | held for spot in progress(spots, "looking into tiles", delay=2) if (held := _held(by_id[spot["scene"]], spot))["valid"]]
+    kept = [spot | held for spot in progress(spots, "looking into tiles", disable=len(spots)*size*size < 1e8) if (held := _held(by_id[spot["scene"]], spot))["valid"]]
     tiles = pd.DataFrame(kept, columns=[*(spots[0] if spots else ()), "valid", "positive", "own_valid", "own_positive", "fingerprint"])
     tiles.attrs["dropped"] = len(spots) - len(kept)
     return tiles
@@ -64,7 +64,7 @@ def _held(scene, spot):
     fingerprint = "" if flat else blake2b(np.ascontiguousarray(image).tobytes() + valid.tobytes(), digest_size=8).hexdigest()
     return dict(valid=int(valid.sum()), positive=int((mask > 0).sum()), own_valid=int(valid[own].sum()), own_positive=int((mask[own] > 0).sum()), fingerprint=fingerprint)
 
-# %% ../../nbs/data/12_tiles.ipynb #eed26c73
+# %% ../../nbs/data/12_tiles.ipynb #2eb2eb08
 class TileDataset(Dataset):
     "Scaled tiles as torch samples."
     def __init__(self,
@@ -96,7 +96,7 @@ class TileDataset(Dataset):
     def __getstate__(self): return self.__dict__ | dict(_kept={}, _kept_bytes=0)
     def set_epoch(self, epoch: int) -> None: self._epoch.fill_(epoch)
 
-# %% ../../nbs/data/12_tiles.ipynb #e2f1b37a
+# %% ../../nbs/data/12_tiles.ipynb #4caafb1c
 @patch
 def _read(self: TileDataset, i):
     "Scaled image, mask and valid of the tile and the margin that jitter may reach, and where the tile lies in it; kept while memory lasts."
@@ -130,7 +130,7 @@ def owned(self: TileDataset,
     own[t["skip_rows"]:t["height"], t["skip_cols"]:t["width"]] = True
     return own
 
-# %% ../../nbs/data/12_tiles.ipynb #d5b12c24
+# %% ../../nbs/data/12_tiles.ipynb #8c6ea3c6
 @patch
 def __getitem__(self: TileDataset, i):
     "`image` (c, h, w) float32, `mask` (h, w) int64 or float32, `valid` (h, w) bool, `block` and `id`."
@@ -147,7 +147,7 @@ def __getitem__(self: TileDataset, i):
     sample = dict(image=image, mask=mask if mask.is_floating_point() else mask.long(), valid=valid, block=t["block"], id=t["id"])
     return self.augment(sample, generator) if self.augment else sample
 
-# %% ../../nbs/data/12_tiles.ipynb #a635d53e
+# %% ../../nbs/data/12_tiles.ipynb #4513abb2
 def plot_sample(
     sample: dict, # Of a `TileDataset`; the image may be scaled, the stretch undoes that
     rgb: Sequence[int] = (0, 1, 2), # Bands that are drawn as red, green and blue; with fewer bands the first is drawn in grey
