@@ -6,7 +6,7 @@
 __all__ = ['PART_COLOURS', 'trivial_baselines', 'Audit', 'audit_labels', 'label_range', 'Frame', 'measure_windows', 'Split',
            'make_split', 'plot_split']
 
-# %% ../../nbs/data/13_splits.ipynb #d4591c59
+# %% ../../nbs/data/13_splits.ipynb #e850b8b2
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,7 +27,7 @@ from ..core import ConfigError, DataError, RunError, SplitError, progress, read_
 from .raster import Scene, rasterise
 from .tiles import tile_index, tile_origins
 
-# %% ../../nbs/data/13_splits.ipynb #dc850977
+# %% ../../nbs/data/13_splits.ipynb #dc57e533
 def trivial_baselines(
     fraction: float, # Share of positive pixels
 ) -> dict: # Scores of predictors that look at nothing
@@ -59,7 +59,7 @@ class Audit:
             raise DataError(f"no positive pixel among {self.total['valid']:,} valid ones, so nothing can be learned; " + (" ".join(self.notes) or "check that labels and images belong together"))
         return self
 
-# %% ../../nbs/data/13_splits.ipynb #de36447f
+# %% ../../nbs/data/13_splits.ipynb #c82d5571
 def _without_pixel(scene):
     "Polygons so small that no pixel centre lies in them."
     if scene.labels is None: return 0
@@ -90,7 +90,7 @@ def audit_labels(
     if not total["positive"] and any(s.label_raster is not None and s.positive is None for s in scenes): notes.append("in a mask 255 means unknown; where it stands for the class, say positive=255.")
     return Audit(table, total, trivial_baselines(total["positive_fraction"]), notes).check()
 
-# %% ../../nbs/data/13_splits.ipynb #a4ed60e6
+# %% ../../nbs/data/13_splits.ipynb #ccd2411e
 def _pairs(x, axis, max_lag):
     "Pairs of set pixels at each distance along an axis."
     n = x.shape[axis] + max_lag
@@ -122,7 +122,7 @@ def label_range(
     reach = max(int(np.argmax(curve < level)) if (curve < level).any() else max_lag for curve in curves)
     return reach, pd.DataFrame(dict(lag=lags, along_columns=curves[0], along_rows=curves[1]))
 
-# %% ../../nbs/data/13_splits.ipynb #607561b1
+# %% ../../nbs/data/13_splits.ipynb #30c8f8ce
 @lru_cache(maxsize=256)
 def _transformer(source, target): return pyproj.Transformer.from_crs(source, target, always_xy=True)
 
@@ -172,7 +172,7 @@ def _rectangle(frame, box, height, width):
     (col0, row0), (col1, row1) = (max(0, math.ceil(v - 1e-6)) for v in inside[:2]), (min(side, math.floor(v + 1e-6)) for v, side in zip(inside[2:], (width, height)))
     return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
 
-# %% ../../nbs/data/13_splits.ipynb #8b393df3
+# %% ../../nbs/data/13_splits.ipynb #50d37620
 @dataclass
 class _Ground:
     "Groups of scenes, their cells, and what each cell holds: in all, and in the margins that a dead zone would take."
@@ -216,7 +216,7 @@ def _count(scene, rect, margin, side=1024):
             held += np.stack([by_row.T @ what.astype(np.int64) @ by_col for what in (sample["mask"] > 0, sample["valid"])])
     return held
 
-# %% ../../nbs/data/13_splits.ipynb #3308af5e
+# %% ../../nbs/data/13_splits.ipynb #8d386c5e
 def _lay_grid(scenes, tile_size, block_size, dead_zone):
     "Lay cells over every group and count what they hold."
     groups, frames, edges, margins, pieces = _groups(scenes, dead_zone), {}, [], [], []
@@ -235,7 +235,7 @@ def _lay_grid(scenes, tile_size, block_size, dead_zone):
         margins.append(math.ceil(dead_zone*max(1, coarsest)/2 - 1e-6))
     shape = len(groups), max(len(rows) - 1 for rows, _ in edges), max(len(cols) - 1 for _, cols in edges)
     ground = _Ground(scenes, frames, edges, margins, pieces, np.zeros((*shape, 3, 3), np.int64), np.zeros((*shape, 3, 3), np.int64), 0)
-    for k, g in progress([(k, g) for g, members in enumerate(groups) for k in members], "counting labels", delay=2): _fill(ground, k, g)
+    for k, g in progress([(k, g) for g, members in enumerate(groups) for k in members], "counting labels", disable=sum(s.info.height*s.info.width for s in scenes) < 1e8): _fill(ground, k, g)
     return ground
 
 def _fill(ground, k, g):
@@ -256,7 +256,7 @@ def _fill(ground, k, g):
     if covered < info.height*info.width: found = int(_count(scene, (0, info.height, 0, info.width), 1)[0].sum())  # some pixels lie between cells
     ground.total += found
 
-# %% ../../nbs/data/13_splits.ipynb #55122715
+# %% ../../nbs/data/13_splits.ipynb #ab459f70
 def _facing(parts):
     "Sides (top, bottom, left, right) of cells that must leave a margin out; parts are numbers, -1 where nothing lies."
     padded = np.pad(parts, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
@@ -275,7 +275,7 @@ def _usable(counts, sides):
     inner = np.ones_like(top)
     return np.einsum("gijrc,gijr,gijc->gij", counts, np.stack([~top, inner, ~bottom], -1).astype(np.int64), np.stack([~left, inner, ~right], -1).astype(np.int64))
 
-# %% ../../nbs/data/13_splits.ipynb #4d7ad819
+# %% ../../nbs/data/13_splits.ipynb #0ac67569
 def _draw_parts(ground, shares, rng, n):
     "Random assignments of cells to parts: (group, i, j) numbers with -1 for none, and whether they are strips."
     here = ground.valid.sum((3, 4)) > 0
@@ -318,7 +318,7 @@ def _best_parts(ground, shares, seed, n, least):
         if score < lowest: best, lowest = (parts, 1 - kept/ground.total), score
     return best
 
-# %% ../../nbs/data/13_splits.ipynb #9b60f6d4
+# %% ../../nbs/data/13_splits.ipynb #66375db0
 def _closest(boxes, parts):
     "Free pixels between the closest boxes (left, top, right, bottom) of different parts, and the area that such boxes share."
     if len(set(parts)) < 2: return math.inf, 0.
@@ -351,7 +351,7 @@ def measure_windows(
         found.append(_closest(ground[group == name].round(4), parts[group == name]))
     return min((gap for gap, _ in found), default=math.inf), sum(shared for _, shared in found)
 
-# %% ../../nbs/data/13_splits.ipynb #8293e58f
+# %% ../../nbs/data/13_splits.ipynb #fc9d343a
 @dataclass
 class Split:
     "Tiles and blocks of each part, and the certificate that they are apart."
@@ -389,7 +389,7 @@ class Split:
             if isinstance(error, RunError): raise
             raise RunError(f"{path} is not a split: {error}") from error
 
-# %% ../../nbs/data/13_splits.ipynb #4d99e8f1
+# %% ../../nbs/data/13_splits.ipynb #dd26493a
 def _measure(tiles, blocks, frames):
     "The measured half of a certificate."
     gap, shared = measure_windows(tiles, frames)
@@ -422,7 +422,7 @@ def check(self: Split) -> Split:
     if faults: raise SplitError("the split does not hold: " + "; ".join(faults))
     return self
 
-# %% ../../nbs/data/13_splits.ipynb #192e6a77
+# %% ../../nbs/data/13_splits.ipynb #632e2e23
 def _trade_off(scenes, tile_size, block_size, dead_zone, shares, seed):
     "Positives lost with larger blocks and smaller dead zones, as lines of text; fewer assignments are drawn for it."
     lines = []
@@ -497,7 +497,7 @@ def _finish(ground, parts, names, tile_size, stride, facts):
     lost = 1 - int(tiles.own_positive.sum())/ground.total
     return Split(tiles, blocks, _measure(tiles, blocks, ground.frames) | dict(lost_positive_share=lost, dropped_tiles=dropped, dropped_duplicates=int(copies.sum())) | facts | dict(notes=notes), ground.frames)
 
-# %% ../../nbs/data/13_splits.ipynb #e79ef725
+# %% ../../nbs/data/13_splits.ipynb #af9dfa02
 PART_COLOURS = dict(train="#56B4E9", val="#E69F00", cal="#009E73", test="#CC79A7") # Okabe and Ito: told apart by colour-blind eyes
 
 def plot_split(
