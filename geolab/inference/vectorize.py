@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_runs', 'join_runs', 'connect_runs', 'trace_runs', 'polygonise', 'write_polygons']
 
-# %% ../../nbs/inference/65_vectorize.ipynb #94ee61ff
+# %% ../../nbs/inference/65_vectorize.ipynb #c4033b7a
 import math
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from ..core import ConfigError, DataError, atomic_file
 from ..data.raster import raster_windows, read_info, read_window
 
-# %% ../../nbs/inference/65_vectorize.ipynb #9c43d2ef
+# %% ../../nbs/inference/65_vectorize.ipynb #ceb9a83d
 def find_runs(
     values: Float[np.ndarray, "h w"], # A window of the map
     positive: Bool[np.ndarray, "h w"], # Which of its pixels count
@@ -43,7 +43,7 @@ def join_runs(
     continues = (runs.row == runs.row.shift()) & (runs.start == runs.stop.shift())
     return runs.groupby((~continues).cumsum(), sort=False).agg(dict(row="first", start="first", stop="last", total="sum", top="max")).reset_index(drop=True)
 
-# %% ../../nbs/inference/65_vectorize.ipynb #dbdc1d0f
+# %% ../../nbs/inference/65_vectorize.ipynb #a088b94a
 def connect_runs(
     runs: pd.DataFrame, # Sorted runs
     connectivity: int = 8, # 4: pixels with a common side; 8: a common corner is enough
@@ -62,7 +62,7 @@ def connect_runs(
     _, at, label = np.unique(label, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(at))[label]
 
-# %% ../../nbs/inference/65_vectorize.ipynb #66df7681
+# %% ../../nbs/inference/65_vectorize.ipynb #426ec420
 def _twins(*keys):
     "Which entries of sorted arrays equal a neighbour in all of them?"
     same, n = np.logical_and.reduce([k[1:] == k[:-1] for k in keys]), len(keys[0])
@@ -83,6 +83,7 @@ def _corners(runs, part):
     vertical[across[::2]], vertical[across[1::2]] = across[1::2], across[::2]
     return y, x, part, horizontal, vertical, (ends == 0) & (below == 1)
 
+# %% ../../nbs/inference/65_vectorize.ipynb #860eea80
 def trace_runs(
     runs: pd.DataFrame, # Sorted runs
     label: Int[np.ndarray, " n"], # Number of the object of each run, from 0, none left out
@@ -114,7 +115,7 @@ def trace_runs(
     found[single] = shapely.get_geometry(found[single], 0)
     return found
 
-# %% ../../nbs/inference/65_vectorize.ipynb #2c0637b7
+# %% ../../nbs/inference/65_vectorize.ipynb #d86492be
 def polygonise(
     map_path: Path|str, # Raster with one band, such as `predict_raster` writes
     threshold: float, # In the units of the map; a pixel at the threshold is positive
@@ -148,7 +149,7 @@ def _pixel_areas(info, rows):
     rows, at = np.unique(rows, return_inverse=True)
     return np.array([info.pixel_area(int(row)) for row in rows], float)[at]
 
-# %% ../../nbs/inference/65_vectorize.ipynb #338aecc0
+# %% ../../nbs/inference/65_vectorize.ipynb #d66c2107
 def write_polygons(
     polygons: gpd.GeoDataFrame, # With a CRS; may be empty
     folder: Path|str, # Where to write

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WindowPlan', 'plan_windows', 'MapDraft', 'predict_windows', 'predict_raster']
 
-# %% ../../nbs/inference/60_windows.ipynb #b835544d
+# %% ../../nbs/inference/60_windows.ipynb #0421ae69
 import hashlib, math, os, shutil, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..data.raster import BandScale, RasterInfo, rasterise, read_info, read_labe
 from ..evaluation.calibration import Calibrator
 from ..evaluation.thresholds import Threshold
 
-# %% ../../nbs/inference/60_windows.ipynb #9543d50c
+# %% ../../nbs/inference/60_windows.ipynb #98ac060d
 def _origins(length, size, stride):
     "First pixels of evenly spread windows, at most `stride` apart."
     n = math.ceil((length - size)/stride) + 1
@@ -49,7 +49,7 @@ def _weights(origins, length, size, ramp, halo):
     for o in origins: total[o:o + size] += profile
     return np.array([profile/total[o:o + size] for o in origins], np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #b05ef115
+# %% ../../nbs/inference/60_windows.ipynb #8dcbf816
 @dataclass(frozen=True)
 class WindowPlan:
     "Windows in rows, all of one size, and how much each of them counts."
@@ -82,7 +82,7 @@ def plan_windows(
     weights = (_weights(o, n, size, tile - stride, halo) for o, n, size in zip((rows, cols), (height, width), window))
     return WindowPlan(height, width, window, rows, cols, *weights)
 
-# %% ../../nbs/inference/60_windows.ipynb #bbe9dce7
+# %% ../../nbs/inference/60_windows.ipynb #f03e8781
 def _lock(path, target):
     "Lock a file, or say who holds it. The system frees the lock when the process ends, however it ends."
     try: import fcntl
@@ -101,7 +101,7 @@ def _lock(path, target):
     file.truncate(0); file.write(str(os.getpid())); file.flush()
     return file
 
-# %% ../../nbs/inference/60_windows.ipynb #6ee63feb
+# %% ../../nbs/inference/60_windows.ipynb #e742eefc
 class MapDraft:
     "Finished rows of a map that is being drawn, in a folder beside it. One writer at a time."
     def __init__(self,
@@ -130,7 +130,7 @@ class MapDraft:
         if not self.ends: shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
 
-# %% ../../nbs/inference/60_windows.ipynb #c6c4e980
+# %% ../../nbs/inference/60_windows.ipynb #066d3ebb
 @patch
 def write(self: MapDraft,
     values: np.ndarray, # (h, w): finished rows that follow those written before
@@ -154,7 +154,7 @@ def carry(self: MapDraft,
     "What the rows after the last finished band have got so far."
     return np.fromfile(self.folder/f"carry{(len(self.ends) - 1) % 2}", np.float32).reshape(-1, width) if self.ends else np.zeros((0, width), np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #8ccf73ad
+# %% ../../nbs/inference/60_windows.ipynb #bd090e5f
 _VRT = """<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{transform}</GeoTransform><Metadata>{tags}</Metadata>
 <VRTRasterBand dataType="{gdal_type}" band="1" subClass="VRTRawRasterBand"><Description>{name}</Description><NoDataValue>{nodata}</NoDataValue>
 <SourceFilename relativetoVRT="1">rows</SourceFilename><PixelOffset>{item}</PixelOffset><LineOffset>{line}</LineOffset><ByteOrder>LSB</ByteOrder></VRTRasterBand></VRTDataset>"""
@@ -184,7 +184,7 @@ def finish(self: MapDraft,
     shutil.rmtree(self.folder)
     return self.path
 
-# %% ../../nbs/inference/60_windows.ipynb #e6686801
+# %% ../../nbs/inference/60_windows.ipynb #32106115
 def _stamp(path):
     "What changes when a file does."
     state = os.stat(path)
@@ -192,7 +192,7 @@ def _stamp(path):
 
 def _aoi_on(aoi, info):
     "Polygons in the CRS of the raster, if they meet it."
-    aoi = aoi.to_crs(info.crs)
+    aoi = read_labels(aoi).to_crs(info.crs)
     if not aoi.intersects(shapely.box(*info.bounds)).any(): raise DataError(f"the area of interest does not meet {info.path}; check its CRS")
     return aoi
 
@@ -207,6 +207,7 @@ def _check_destination(info, dst, nbytes, overwrite):
     free = shutil.disk_usage(parent).free
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
 
+# %% ../../nbs/inference/60_windows.ipynb #131526d5
 def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, bar):
     "Add the weighted logits of one row of windows to `total`; where the map is wanted."
     (height, width), row = plan.window, plan.rows[k]
@@ -227,7 +228,7 @@ def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, ba
             bar.update(len(batch)); batch = []
     return wanted
 
-# %% ../../nbs/inference/60_windows.ipynb #f1de8747
+# %% ../../nbs/inference/60_windows.ipynb #312b9b84
 def predict_windows(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 1 h w"]], # From scaled images, 0 where not valid, to logits
     raster: RasterInfo|Path|str, # What is mapped
@@ -240,7 +241,7 @@ def predict_windows(
     batch_size: int = 1, # Windows per call of `score`
     transform_logits: Callable[[Float[np.ndarray, " n"]], np.ndarray]|None = None, # From logits to what is written, pixel by pixel; integers and booleans give an integer map
     name: str = "logit", # Name of the band
-    aoi: gpd.GeoDataFrame|None = None, # Polygons; outside there is no map
+    aoi: gpd.GeoDataFrame|Path|str|None = None, # Polygons, or a file of them; outside there is no map
     key: Any = None, # Plain value that names `score` and `transform_logits`; a draft is continued under the same key only, and never under `None`
     tags: dict|None = None, # Text stored with the map
     overwrite: bool = False, # Replace an existing `dst`
@@ -272,7 +273,7 @@ def predict_windows(
         if _stamp(info.path) != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
         return draft.finish(info, dtype, nodata, name=name, tags=tags)
 
-# %% ../../nbs/inference/60_windows.ipynb #1345e9de
+# %% ../../nbs/inference/60_windows.ipynb #95dcf70a
 @contextmanager
 def _ready(network, device):
     "The network in evaluation mode on a device, as a function; afterwards it is where and as it was."
@@ -314,7 +315,7 @@ def _written(run, output, threshold):
     calibrator = run.calibrator or Calibrator()
     return calibrator.probability, dict(GEOLAB_CALIBRATOR=calibrator.hash)
 
-# %% ../../nbs/inference/60_windows.ipynb #f74ceed9
+# %% ../../nbs/inference/60_windows.ipynb #93c01cfe
 def predict_raster(
     run, # A `Run`, the path of one, or what has its `model`, `scale`, `calibrator` and, for classes, `threshold` and `thresholds`
     src: Path|str, # Raster of the kind that the run was trained on
@@ -337,7 +338,6 @@ def predict_raster(
         run = Run.load(run)
     transform, how = _written(run, output, threshold)
     tags = dict(GEOLAB_VERSION=__version__, GEOLAB_OUTPUT=output, GEOLAB_SOURCE=Path(src).name, GEOLAB_WEIGHTS=_weights_hash(run.model)) | how
-    if aoi is not None and not isinstance(aoi, gpd.GeoDataFrame): aoi = read_labels(aoi)
     with _ready(run.model, device) as (device, score):
         return predict_windows(score, src, dst, scale=run.scale, tile=tile or run.tile_size, overlap=overlap, halo=halo, batch_size=batch_size or (1 if device.type == "cpu" else 8),
             transform_logits=transform, name=output, aoi=aoi, key=[tags, device.type], tags=tags, overwrite=overwrite, progress=progress)
