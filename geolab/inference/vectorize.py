@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_runs', 'join_runs', 'connect_runs', 'trace_runs', 'polygonise', 'write_polygons']
 
-# %% ../../nbs/inference/65_vectorize.ipynb #c4033b7a
+# %% ../../nbs/inference/65_vectorize.ipynb #b678e7f0
 import math
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from ..core import ConfigError, DataError, atomic_file
 from ..data.raster import raster_windows, read_info, read_window
 
-# %% ../../nbs/inference/65_vectorize.ipynb #ceb9a83d
+# %% ../../nbs/inference/65_vectorize.ipynb #101c22b4
 def find_runs(
     values: Float[np.ndarray, "h w"], # A window of the map
     positive: Bool[np.ndarray, "h w"], # Which of its pixels count
@@ -43,7 +43,7 @@ def join_runs(
     continues = (runs.row == runs.row.shift()) & (runs.start == runs.stop.shift())
     return runs.groupby((~continues).cumsum(), sort=False).agg(dict(row="first", start="first", stop="last", total="sum", top="max")).reset_index(drop=True)
 
-# %% ../../nbs/inference/65_vectorize.ipynb #a088b94a
+# %% ../../nbs/inference/65_vectorize.ipynb #a63c163a
 def connect_runs(
     runs: pd.DataFrame, # Sorted runs
     connectivity: int = 8, # 4: pixels with a common side; 8: a common corner is enough
@@ -62,7 +62,7 @@ def connect_runs(
     _, at, label = np.unique(label, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(at))[label]
 
-# %% ../../nbs/inference/65_vectorize.ipynb #426ec420
+# %% ../../nbs/inference/65_vectorize.ipynb #c9654a68
 def _twins(*keys):
     "Which entries of sorted arrays equal a neighbour in all of them?"
     same, n = np.logical_and.reduce([k[1:] == k[:-1] for k in keys]), len(keys[0])
@@ -83,7 +83,7 @@ def _corners(runs, part):
     vertical[across[::2]], vertical[across[1::2]] = across[1::2], across[::2]
     return y, x, part, horizontal, vertical, (ends == 0) & (below == 1)
 
-# %% ../../nbs/inference/65_vectorize.ipynb #860eea80
+# %% ../../nbs/inference/65_vectorize.ipynb #fa68d5f5
 def trace_runs(
     runs: pd.DataFrame, # Sorted runs
     label: Int[np.ndarray, " n"], # Number of the object of each run, from 0, none left out
@@ -115,19 +115,20 @@ def trace_runs(
     found[single] = shapely.get_geometry(found[single], 0)
     return found
 
-# %% ../../nbs/inference/65_vectorize.ipynb #d86492be
+# %% ../../nbs/inference/65_vectorize.ipynb #ed2e35d1
 def polygonise(
     map_path: Path|str, # Raster with one band, such as `predict_raster` writes
     threshold: float, # In the units of the map; a pixel at the threshold is positive
     *,
     connectivity: int = 8, # 4: pixels with a common side; 8: a common corner is enough, and parts that meet at corners make a MultiPolygon
     min_pixels: int = 1, # Smaller objects are left out
-) -> gpd.GeoDataFrame: # In the CRS of the map: `id` (from 1, in the order of the first pixels), `pixels`, `area_m2`, `mean_probability`, `max_probability` (of a map of logits `mean_logit`, `max_logit`)
+) -> gpd.GeoDataFrame: # In the CRS of the map: `id`, `pixels`, `area_m2`, `mean_probability`, `max_probability` (of a map of logits `mean_logit`, `max_logit`)
     "Objects of a map as polygons along the pixel edges."
     info = read_info(map_path)
     if info.count != 1: raise DataError(f"{map_path} has {info.count} bands; a map has one")
-    if threshold is None or not math.isfinite(threshold): raise ConfigError(f"`threshold` must be a number, got {threshold}; a run without a threshold says in its reason why there is none")
-    if info.bands == ("probability",) and not 0 <= threshold <= 1: raise ConfigError(f"{map_path} holds probabilities, and the threshold is {threshold:g}; give a probability, not a logit")
+    if threshold is None or not math.isfinite(threshold): raise ConfigError(f"`threshold` must be a number, got {threshold}; if a run has none, its reason says why")
+    if info.bands == ("probability",) and not 0 <= threshold <= 1:
+        raise ConfigError(f"{map_path} holds probabilities, and the threshold is {threshold:g}; give a probability, not a logit")
     found = []
     for window in raster_windows(info):
         (values,), valid = read_window(info, *window)
@@ -139,7 +140,8 @@ def polygonise(
     runs, label, length = runs[keep], np.unique(label[keep], return_inverse=True)[1], length[keep]
     def summed(x): return np.bincount(label, weights=x).astype(float) # without objects bincount forgets its weights
     pixels, unit = summed(length), "logit" if info.bands == ("logit",) else "probability"
-    return gpd.GeoDataFrame({"id": np.arange(1, len(pixels) + 1), "pixels": pixels.astype(np.int64), "area_m2": summed(length*_pixel_areas(info, runs.row.to_numpy())),
+    area = summed(length*_pixel_areas(info, runs.row.to_numpy()))
+    return gpd.GeoDataFrame({"id": np.arange(1, len(pixels) + 1), "pixels": pixels.astype(np.int64), "area_m2": area,
         f"mean_{unit}": summed(runs.total)/pixels, f"max_{unit}": runs.top.groupby(label).max().to_numpy(float)},
         geometry=trace_runs(runs, label, info.transform), crs=pyproj.CRS.from_user_input(info.crs))
 
@@ -149,7 +151,7 @@ def _pixel_areas(info, rows):
     rows, at = np.unique(rows, return_inverse=True)
     return np.array([info.pixel_area(int(row)) for row in rows], float)[at]
 
-# %% ../../nbs/inference/65_vectorize.ipynb #d66c2107
+# %% ../../nbs/inference/65_vectorize.ipynb #c6894567
 def write_polygons(
     polygons: gpd.GeoDataFrame, # With a CRS; may be empty
     folder: Path|str, # Where to write

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WindowPlan', 'plan_windows', 'MapDraft', 'predict_windows', 'predict_raster']
 
-# %% ../../nbs/inference/60_windows.ipynb #0421ae69
+# %% ../../nbs/inference/60_windows.ipynb #aa2d4484
 import hashlib, math, os, shutil, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..data.raster import BandScale, RasterInfo, rasterise, read_info, read_labe
 from ..evaluation.calibration import Calibrator
 from ..evaluation.thresholds import Threshold
 
-# %% ../../nbs/inference/60_windows.ipynb #98ac060d
+# %% ../../nbs/inference/60_windows.ipynb #e2083502
 def _origins(length, size, stride):
     "First pixels of evenly spread windows, at most `stride` apart."
     n = math.ceil((length - size)/stride) + 1
@@ -49,7 +49,7 @@ def _weights(origins, length, size, ramp, halo):
     for o in origins: total[o:o + size] += profile
     return np.array([profile/total[o:o + size] for o in origins], np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #8dcbf816
+# %% ../../nbs/inference/60_windows.ipynb #5a490418
 @dataclass(frozen=True)
 class WindowPlan:
     "Windows in rows, all of one size, and how much each of them counts."
@@ -75,14 +75,15 @@ def plan_windows(
     "Cover a raster with windows."
     if not (isinstance(tile, int) and tile >= 1): raise ConfigError(f"`tile` must be a whole number of pixels, at least 1, got {tile!r}")
     if not 0 <= overlap <= .75: raise ConfigError(f"`overlap` is a share of the window between 0 and 0.75, got {overlap}")
-    if halo is not None and not 0 <= 2*halo < tile: raise ConfigError(f"a window of {tile} pixels leaves nothing after cropping a halo of {halo} on both sides; choose a tile over {2*abs(halo)}")
+    if halo is not None and not 0 <= 2*halo < tile:
+        raise ConfigError(f"a window of {tile} pixels leaves nothing after cropping a halo of {halo} on both sides; choose a tile over {2*abs(halo)}")
     stride = tile - 2*halo if halo is not None else max(1, round(tile*(1 - overlap)))
     window = min(tile, height), min(tile, width)
     rows, cols = (_origins(n, size, stride) for n, size in zip((height, width), window))
     weights = (_weights(o, n, size, tile - stride, halo) for o, n, size in zip((rows, cols), (height, width), window))
     return WindowPlan(height, width, window, rows, cols, *weights)
 
-# %% ../../nbs/inference/60_windows.ipynb #f03e8781
+# %% ../../nbs/inference/60_windows.ipynb #2243259f
 def _lock(path, target):
     "Lock a file, or say who holds it. The system frees the lock when the process ends, however it ends."
     try: import fcntl
@@ -101,7 +102,7 @@ def _lock(path, target):
     file.truncate(0); file.write(str(os.getpid())); file.flush()
     return file
 
-# %% ../../nbs/inference/60_windows.ipynb #e742eefc
+# %% ../../nbs/inference/60_windows.ipynb #29e69cb9
 class MapDraft:
     "Finished rows of a map that is being drawn, in a folder beside it. One writer at a time."
     def __init__(self,
@@ -130,7 +131,7 @@ class MapDraft:
         if not self.ends: shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
 
-# %% ../../nbs/inference/60_windows.ipynb #066d3ebb
+# %% ../../nbs/inference/60_windows.ipynb #b36fd80b
 @patch
 def write(self: MapDraft,
     values: np.ndarray, # (h, w): finished rows that follow those written before
@@ -144,7 +145,8 @@ def write(self: MapDraft,
                 f.seek(at); f.write(np.ascontiguousarray(array)); f.truncate(); f.flush(); os.fsync(f.fileno())
         with open(self.folder/"journal", "a") as f: f.write(f"{start + len(values)}\n"); f.flush(); os.fsync(f.fileno())
     except OSError as error:
-        raise GeolabError(f"cannot write {self.path}: {error.strerror.lower()}; {n} finished bands are kept, and the same call continues") from error
+        why = str(error.strerror or error).lower()
+        raise GeolabError(f"cannot write {self.path}: {why}; bands finished so far ({n}) are kept, and the same call continues") from error
     self.ends.append(start + len(values))
 
 @patch
@@ -154,7 +156,7 @@ def carry(self: MapDraft,
     "What the rows after the last finished band have got so far."
     return np.fromfile(self.folder/f"carry{(len(self.ends) - 1) % 2}", np.float32).reshape(-1, width) if self.ends else np.zeros((0, width), np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #bd090e5f
+# %% ../../nbs/inference/60_windows.ipynb #ecda128d
 _VRT = """<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{transform}</GeoTransform><Metadata>{tags}</Metadata>
 <VRTRasterBand dataType="{gdal_type}" band="1" subClass="VRTRawRasterBand"><Description>{name}</Description><NoDataValue>{nodata}</NoDataValue>
 <SourceFilename relativetoVRT="1">rows</SourceFilename><PixelOffset>{item}</PixelOffset><LineOffset>{line}</LineOffset><ByteOrder>LSB</ByteOrder></VRTRasterBand></VRTDataset>"""
@@ -170,7 +172,8 @@ def finish(self: MapDraft,
 ) -> Path: # The finished map
     "Make the draft a GeoTIFF under its final name."
     dtype = np.dtype(dtype)
-    if not self.ends or self.ends[-1] != info.height: raise RunError(f"{self.path} is not finished: {self.ends[-1] if self.ends else 0} of {info.height} rows are")
+    rows = self.ends[-1] if self.ends else 0
+    if rows != info.height: raise RunError(f"{self.path} is not finished: {rows} of {info.height} rows are")
     (self.folder/"map.vrt").write_text(_VRT.format(width=info.width, height=info.height, crs=escape(info.crs.to_wkt()), nodata=nodata, name=escape(name),
         transform=", ".join(map(repr, info.transform.to_gdal())), gdal_type=typename_fwd[dtype_rev[dtype.name]], item=dtype.itemsize, line=dtype.itemsize*info.width,
         tags="".join(f'<MDI key="{escape(str(k))}">{escape(str(v))}</MDI>' for k, v in (tags or {}).items())))
@@ -184,7 +187,7 @@ def finish(self: MapDraft,
     shutil.rmtree(self.folder)
     return self.path
 
-# %% ../../nbs/inference/60_windows.ipynb #32106115
+# %% ../../nbs/inference/60_windows.ipynb #2ea51304
 def _stamp(path):
     "What changes when a file does."
     state = os.stat(path)
@@ -200,14 +203,14 @@ def _check_destination(info, dst, nbytes, overwrite):
     "Refuse what would fail, or destroy something, after hours of work."
     if dst.suffix.lower() not in (".tif", ".tiff"): raise ConfigError(f"a map is a GeoTIFF, so its name ends in .tif, got {dst.name}")
     if dst.exists() and dst.samefile(info.path): raise ConfigError(f"{dst} is both source and destination; choose another name for the map")
-    if dst.is_dir() or dst.exists() and not overwrite: raise ConfigError(f"{dst} exists; choose another name or ask for `overwrite=True`")
+    if dst.is_dir() or (dst.exists() and not overwrite): raise ConfigError(f"{dst} exists; choose another name or ask for `overwrite=True`")
     draft = MapDraft(dst, "").folder
     parent = next(p for p in dst.absolute().parents if p.exists())
     needed = 3*nbytes - sum(f.stat().st_size for f in draft.glob("*")) # rows, the compressed map at its worst, overviews
     free = shutil.disk_usage(parent).free
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
 
-# %% ../../nbs/inference/60_windows.ipynb #131526d5
+# %% ../../nbs/inference/60_windows.ipynb #33571c49
 def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, bar):
     "Add the weighted logits of one row of windows to `total`; where the map is wanted."
     (height, width), row = plan.window, plan.rows[k]
@@ -220,15 +223,18 @@ def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, ba
         else: bar.update()
         if batch and (len(batch) == batch_size or j == len(plan.cols) - 1):
             images = torch.from_numpy(np.stack([x for _, x in batch]))
-            logits = torch.as_tensor(score(images)).detach().float().cpu()
+            try: logits = torch.as_tensor(score(images)).detach().float().cpu()
+            except torch.cuda.OutOfMemoryError as error:
+                raise GeolabError(f"{len(batch)} windows of {height} x {width} pixels do not fit into the GPU; lower `batch_size` or `tile`") from error
             check_shape(logits, "b 1 h w", "logits", b=len(batch), h=height, w=width)
-            if not torch.isfinite(logits).all(): raise GeolabError(f"the network gives NaN or infinite logits near row {row}, column {plan.cols[batch[0][0]]} of {info.path}")
+            if not torch.isfinite(logits).all():
+                raise GeolabError(f"the network gives NaN or infinite logits near row {row}, column {plan.cols[batch[0][0]]} of {info.path}")
             for (j, _), z in zip(batch, logits[:, 0].numpy()):
                 total[:, plan.cols[j]:plan.cols[j] + width] += z*plan.row_weights[k][:, None]*plan.col_weights[j]
             bar.update(len(batch)); batch = []
     return wanted
 
-# %% ../../nbs/inference/60_windows.ipynb #312b9b84
+# %% ../../nbs/inference/60_windows.ipynb #1d7b13d3
 def predict_windows(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 1 h w"]], # From scaled images, 0 where not valid, to logits
     raster: RasterInfo|Path|str, # What is mapped
@@ -239,7 +245,7 @@ def predict_windows(
     overlap: float = .25, # Share of a window that its neighbour covers too, 0 to 0.75
     halo: int|None = None, # Crop this many pixels instead of blending: exact if the network sees no further
     batch_size: int = 1, # Windows per call of `score`
-    transform_logits: Callable[[Float[np.ndarray, " n"]], np.ndarray]|None = None, # From logits to what is written, pixel by pixel; integers and booleans give an integer map
+    transform_logits: Callable[[Float[np.ndarray, " n"]], np.ndarray]|None = None, # From logits to what is written; whole numbers and booleans give an integer map
     name: str = "logit", # Name of the band
     aoi: gpd.GeoDataFrame|Path|str|None = None, # Polygons, or a file of them; outside there is no map
     key: Any = None, # Plain value that names `score` and `transform_logits`; a draft is continued under the same key only, and never under `None`
@@ -248,7 +254,8 @@ def predict_windows(
     progress: bool = True, # Show a bar with the time left
 ) -> Path: # `dst`: NaN (float) or the largest number (integer) where the raster is not valid
     "Map a raster window by window; a broken-off call is continued by the next one."
-    info, dst, transform = raster if isinstance(raster, RasterInfo) else read_info(raster), Path(dst), transform_logits or np.asarray
+    info, dst = raster if isinstance(raster, RasterInfo) else read_info(raster), Path(dst)
+    transform = transform_logits or np.asarray
     bands = info.bands if scale is None else scale.check(info)
     plan = plan_windows(info.height, info.width, tile, overlap=overlap, halo=halo)
     dtype = np.asarray(transform(np.zeros(1, np.float32))).dtype
@@ -273,7 +280,7 @@ def predict_windows(
         if _stamp(info.path) != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
         return draft.finish(info, dtype, nodata, name=name, tags=tags)
 
-# %% ../../nbs/inference/60_windows.ipynb #95dcf70a
+# %% ../../nbs/inference/60_windows.ipynb #5fecd75e
 @contextmanager
 def _ready(network, device):
     "The network in evaluation mode on a device, as a function; afterwards it is where and as it was."
@@ -291,7 +298,9 @@ def _ready(network, device):
 def _weights_hash(network):
     "Hash of what a network is and of every number in it."
     digest = hashlib.sha256(str(network).encode())
-    for name, x in network.state_dict().items(): digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode()); digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, x in network.state_dict().items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 def _logit_of(run, threshold):
@@ -315,13 +324,13 @@ def _written(run, output, threshold):
     calibrator = run.calibrator or Calibrator()
     return calibrator.probability, dict(GEOLAB_CALIBRATOR=calibrator.hash)
 
-# %% ../../nbs/inference/60_windows.ipynb #93c01cfe
+# %% ../../nbs/inference/60_windows.ipynb #3a3ca901
 def predict_raster(
     run, # A `Run`, the path of one, or what has its `model`, `scale`, `calibrator` and, for classes, `threshold` and `thresholds`
     src: Path|str, # Raster of the kind that the run was trained on
     dst: Path|str, # GeoTIFF to write
     *,
-    output: Literal["probability", "logit", "class"] = "probability", # Calibrated probability or the network's logit (float32, NaN where there is no map), or 0 and 1 (uint8, 255 where there is no map)
+    output: Literal["probability", "logit", "class"] = "probability", # Calibrated probability or the network's logit (float32, else NaN), or 0 and 1 (uint8, else 255)
     tile: int|None = None, # Side of a window, in pixels; `None` for that of the training tiles
     overlap: float = .25, # Share of a window that its neighbour covers too, 0 to 0.75
     halo: int|None = None, # Crop this many pixels instead of blending: exact if the network sees no further
