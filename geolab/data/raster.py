@@ -6,20 +6,17 @@
 __all__ = ['SUFFIXES', 'write_geotiff', 'RasterInfo', 'read_info', 'read_window', 'raster_windows', 'read_labels', 'rasterise',
            'find_images', 'Scene', 'open_scenes', 'has_valid_pixel', 'BandScale', 'fit_band_scale']
 
-# %% ../../nbs/data/10_raster.ipynb #a0e382e3
-import math, os, threading, warnings
+# %% ../../nbs/data/10_raster.ipynb #433be520
+import glob, math, os, threading, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
 import geopandas as gpd
 import numpy as np
-import pyogrio
-import pyproj
-import rasterio
-import shapely
+import pyogrio, pyproj, rasterio, shapely
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int, UInt8
 from rasterio._err import CPLE_BaseError
@@ -28,18 +25,17 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 from rasterio.warp import transform_bounds
-from rasterio.windows import Window
-from rasterio.windows import transform as window_transform
+from rasterio.windows import Window, transform as window_transform
 
 from ..core import DataError, atomic_file, nearest
 
-# %% ../../nbs/data/10_raster.ipynb #825584e6
+# %% ../../nbs/data/10_raster.ipynb #c218fcef
 @contextmanager
 def _speaking_of(path, action="read"):
-    "Turn what rasterio raises into a `DataError` that names the file."
+    "Turn what rasterio and pyogrio raise into a `DataError` that names the file."
     try: yield
-    except (RasterioError, CPLE_BaseError, OSError) as error:
-        raise DataError(f"cannot {action} {path}: {error.__cause__ or error}") from error
+    except DataError: raise
+    except (RasterioError, CPLE_BaseError, OSError, TypeError, ValueError, RuntimeError) as error: raise DataError(f"cannot {action} {path}: {error.__cause__ or error}") from error
 
 def write_geotiff(
     path: Path|str, # Final name
@@ -53,23 +49,19 @@ def write_geotiff(
 ) -> Path: # The path
     "Write a tiled, compressed GeoTIFF; it is whole or absent."
     array = np.asarray(array)
-    if array.ndim == 2: array = array[None]
+    array = (array.astype(np.uint8) if array.dtype == bool else array)[(None,)*(array.ndim == 2)]
     if array.ndim != 3 or 0 in array.shape: raise DataError(f"expected an array (c, h, w) or (h, w) without empty axes, got {array.shape}")
     if bands is not None and len(bands) != len(array): raise DataError(f"{len(bands)} band names for {len(array)} bands")
-    if array.dtype == bool: array = array.astype(np.uint8)
-    count, height, width = array.shape
-    side = max(16, min(256, 16*math.ceil(max(height, width)/16)))
-    with atomic_file(path) as aside, _speaking_of(path, "write"):
-        try:
-            with rasterio.open(aside, "w", driver="GTiff", width=width, height=height, count=count, dtype=array.dtype, crs=crs, transform=transform,
-                               nodata=nodata, tiled=True, blockxsize=side, blockysize=side, compress="deflate", bigtiff="if_safer") as f:
-                f.write(array)
-                for i, name in enumerate(bands or [], 1): f.set_band_description(i, name)
-                f.update_tags(**(tags or {}))
-        except (TypeError, ValueError) as error: raise DataError(f"cannot write {path} with dtype {array.dtype} and nodata {nodata}: {error}") from error
+    (count, height, width), side = array.shape, min(256, 16*math.ceil(max(array.shape[1:])/16))
+    with atomic_file(path) as aside, _speaking_of(path, f"write {array.dtype} with nodata {nodata} to"):
+        with rasterio.open(aside, "w", driver="GTiff", width=width, height=height, count=count, dtype=array.dtype, crs=crs, transform=transform,
+                           nodata=nodata, tiled=True, blockxsize=side, blockysize=side, compress="deflate", bigtiff="if_safer") as f:
+            f.write(array)
+            for i, name in enumerate(bands or [], 1): f.set_band_description(i, name)
+            f.update_tags(**(tags or {}))
     return Path(path)
 
-# %% ../../nbs/data/10_raster.ipynb #8753559c
+# %% ../../nbs/data/10_raster.ipynb #973e81b9
 @dataclass(frozen=True)
 class RasterInfo:
     "A raster without its pixels: size, bands, place."
@@ -86,6 +78,8 @@ class RasterInfo:
     @property
     def resolution(self) -> float: return (abs(self.transform.a) + abs(self.transform.e))/2  # pixel side, in CRS units
     @property
+    def pixel_side(self) -> float: return math.sqrt(self.pixel_area())  # the same in metres: of a square with the area of the middle pixel
+    @property
     def bounds(self) -> tuple[float, float, float, float]: return self.window_bounds(0, 0, self.height, self.width)
     @property
     def named(self) -> bool: return self.bands != tuple(f"band_{i}" for i in range(1, self.count + 1))
@@ -95,15 +89,14 @@ class RasterInfo:
         t = self.transform
         (left, right), (bottom, top) = sorted((t.c + t.a*col, t.c + t.a*(col + width))), sorted((t.f + t.e*row, t.f + t.e*(row + height)))
         return left, bottom, right, top
-
     def indexes(self, bands: Sequence[str]|None = None) -> list[int]:
         "Numbers, from 1, of the named bands."
         for name in bands or []:
             if name not in self.bands: raise DataError(f"{self.path} has no band `{name}`; it has {', '.join(self.bands)}")
         return [self.bands.index(name) + 1 for name in bands or self.bands]
 
-# %% ../../nbs/data/10_raster.ipynb #d4e39eda
-@lru_cache(maxsize=64)
+# %% ../../nbs/data/10_raster.ipynb #502146f3
+@lru_cache(maxsize=256)
 def _handle(path, stamp, process, thread): # a file that changed, a forked worker or another thread never meets an old handle
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -133,9 +126,7 @@ def read_info(
     if not path.is_file(): raise DataError(f"{path} is missing; give the path of a raster file")
     with _speaking_of(path): src = _dataset(path)
     t, dtypes = src.transform, set(src.dtypes)
-    if src.count == 0:
-        inside = f" but {len(src.subdatasets)} data sets; convert one of them with gdal_translate" if src.subdatasets else ""
-        raise DataError(f"{path} holds no band{inside}")
+    if src.count == 0: raise DataError(f"{path} holds no band, but {len(src.subdatasets)} data sets inside; convert one of them with gdal_translate")
     if any("complex" in name for name in dtypes): raise DataError(f"{path} holds complex numbers; write amplitude and phase as bands of real numbers")
     if src.crs is None or t == Affine.identity(): raise DataError(f"{path} has no {'CRS' if src.crs is None else 'position'}; assign it with gdal_edit.py -a_srs and -a_ullr")
     if not (src.crs.is_projected or src.crs.is_geographic): raise DataError(f"the CRS of {path} is tied to no place on Earth: {src.crs.to_wkt()[:60]}")
@@ -146,7 +137,7 @@ def read_info(
     dtype = np.result_type(*(np.dtype(name) for name in dtypes)).name
     return RasterInfo(path, src.width, src.height, src.count, dtype, src.crs, t, src.nodata, names)
 
-# %% ../../nbs/data/10_raster.ipynb #6a4e5823
+# %% ../../nbs/data/10_raster.ipynb #1c11afcd
 @patch
 def pixel_area(self: RasterInfo,
     row: int|None = None, # Row of the pixel; `None` for the middle of the raster. Only matters on the ellipsoid
@@ -162,18 +153,11 @@ def pixel_area(self: RasterInfo,
     if not self.crs.is_geographic: x, y = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True).transform(x, y)
     return abs(crs.get_geod().polygon_area_perimeter(x, y)[0])
 
-@patch(as_prop=True)
-def pixel_side(self: RasterInfo) -> float:
-    "Side in metres of a square with the area of the middle pixel: the resolution, whatever the CRS."
-    return math.sqrt(self.pixel_area())
-
-# %% ../../nbs/data/10_raster.ipynb #44bb5cd2
+# %% ../../nbs/data/10_raster.ipynb #06c0c157
 def read_window(
     raster: RasterInfo|Path|str, # A raster; with a `RasterInfo` nothing is checked again
-    row: int, # First row; may lie outside
-    col: int, # First column; may lie outside
-    height: int, # Rows
-    width: int, # Columns
+    row: int, col: int, # First row and column; may lie outside
+    height: int, width: int, # Rows and columns
     *,
     bands: Sequence[str]|None = None, # Names, in the wished order; `None` for all
 ) -> tuple[Float[np.ndarray, "c h w"], Bool[np.ndarray, "h w"]]: # Pixels as float32, and where all of these bands are valid
@@ -192,7 +176,7 @@ def read_window(
     image[:, *here], valid[here] = values, ok
     return image, valid
 
-# %% ../../nbs/data/10_raster.ipynb #8b3881df
+# %% ../../nbs/data/10_raster.ipynb #231ed723
 def raster_windows(
     info: RasterInfo, # A raster
     side: int = 1024, # Side of a square window, in pixels; bands of rows hold as many pixels
@@ -204,19 +188,16 @@ def raster_windows(
     for row in range(0, info.height, rows):
         for col in range(0, info.width, cols): yield row, col, min(rows, info.height - row), min(cols, info.width - col)
 
-# %% ../../nbs/data/10_raster.ipynb #f10458cc
+# %% ../../nbs/data/10_raster.ipynb #c1253bc9
 def _read_vector(path, layer):
     "The features of a vector file, its CRS checked."
     if not path.exists(): raise DataError(f"{path} is missing; give the path of a vector file")
-    try:
+    with _speaking_of(path, "read polygons from"):
         if path.suffix.lower() in (".parquet", ".geoparquet"): return gpd.read_parquet(path)
         layers = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
         if layer is None and len(layers) > 1: raise DataError(f"{path} has {len(layers)} layers, {', '.join(layers)}; choose with `layer`")
         if layer is not None and layer not in layers: raise DataError(f"{path} has no layer `{layer}`; it has {', '.join(layers)}")
         features = gpd.read_file(path, layer=layer)
-    except DataError: raise
-    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError) as error:
-        raise DataError(f"cannot read {path} as a vector file: {error}") from error
     if not isinstance(features, gpd.GeoDataFrame): raise DataError(f"{path} holds a table without geometry; polygons are needed")
     return features
 
@@ -229,8 +210,8 @@ def _of_class(features, column, positive, name):
         if positive is not None: raise DataError("`positive` names values of a column; say which one with `column`")
         return features
     if column not in features.columns:
-        close, known = nearest(column, features.columns), [c for c in features.columns if c != "geometry"]
-        raise DataError(f"{name} has no column `{column}`; " + (f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else f"it has {', '.join(known) or 'none'}"))
+        close = [f"`{c}`" for c in nearest(column, features.columns)]
+        raise DataError(f"{name} has no column `{column}`; " + (f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(features.columns)}"))
     values = features[column].map(_plain_text, na_action="ignore")
     if positive is None: keep = values.notna() & ~values.isin(["0", "", "False"])
     else: keep = values.isin([_plain_text(v) for v in (positive if isinstance(positive, (list, tuple, set)) else [positive])])
@@ -239,12 +220,11 @@ def _of_class(features, column, positive, name):
                         f"values there: {', '.join(map(repr, values.dropna().unique()[:10])) or 'none'}")
     return features[keep]
 
-# %% ../../nbs/data/10_raster.ipynb #3438efb2
+# %% ../../nbs/data/10_raster.ipynb #f1ac4cc7
 def _polygonal(geometry):
     "The polygons within a repaired geometry."
     parts = shapely.get_parts(geometry)
-    parts = parts[np.isin(shapely.get_type_id(parts), (3, 6))]  # Polygon, MultiPolygon
-    return parts[0] if len(parts) == 1 else shapely.union_all(parts)
+    return shapely.union_all(parts[np.isin(shapely.get_type_id(parts), (3, 6))])  # Polygon, MultiPolygon
 
 def read_labels(
     path: Path|str|gpd.GeoDataFrame, # Vector file (GeoJSON, GeoPackage, Shapefile, GeoParquet ...), or polygons in memory
@@ -259,13 +239,12 @@ def read_labels(
     if len(features) == 0: raise DataError(f"{name} holds no feature; leave `labels` out where there are none")
     if features.crs is None: raise DataError(f"{name} has no CRS; set it, for example with ogr2ogr -a_srs EPSG:4326")
     chosen = _of_class(features, column, positive, name)
-    shapes = shapely.force_2d(chosen.geometry.values.to_numpy() if hasattr(chosen.geometry.values, "to_numpy") else np.asarray(chosen.geometry.values))
+    shapes = shapely.force_2d(np.array(chosen.geometry.values, object))
     invalid = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
     shapes[invalid] = [_polygonal(g) for g in shapely.make_valid(shapes[invalid])]
     good = np.isin(shapely.get_type_id(shapes), (3, 6)) & ~shapely.is_empty(shapes)
     if not good.any():
-        kinds = sorted({str(g.geom_type) for g in chosen.geometry.dropna()}) or ["no geometry"]
-        raise DataError(f"{name} holds {', '.join(kinds)}; polygons with an area are needed (buffer points and lines first)")
+        raise DataError(f"{name} holds {', '.join(sorted(set(chosen.geometry.dropna().geom_type))) or 'no geometry'}; polygons with an area are needed (buffer points and lines first)")
     polygons = chosen[good].set_geometry(gpd.GeoSeries(shapes[good], index=chosen.index[good], crs=chosen.crs)).reset_index(drop=True)
     left, bottom, right, top = polygons.total_bounds
     if polygons.crs.is_geographic and not (-360 <= left <= right <= 360 and -90 <= bottom <= top <= 90):
@@ -273,7 +252,7 @@ def read_labels(
     polygons.attrs = dict(name=Path(name).name, read=len(features), other_class=len(features) - len(chosen), repaired=int((invalid & good).sum()), dropped=int((~good).sum()))
     return polygons
 
-# %% ../../nbs/data/10_raster.ipynb #4da4ce5a
+# %% ../../nbs/data/10_raster.ipynb #f9971de1
 def _same_crs(a, b): return CRS.from_user_input(a) == CRS.from_user_input(b)
 
 def _reproject(polygons, crs):
@@ -282,15 +261,10 @@ def _reproject(polygons, crs):
     bent = polygons.geometry.segmentize(max(right - left, top - bottom)/200)
     return gpd.GeoDataFrame(geometry=bent).to_crs(pyproj.CRS.from_user_input(crs))
 
-def _indexed(polygons):
-    "Outlines and their spatial index."
-    shapes = np.asarray(polygons.geometry.values, object)
-    return shapes, shapely.STRtree(shapes)
-
-def _draw(shapes, tree, info, row, col, height, width):
-    "Draw indexed outlines, which lie in the CRS of the raster."
-    left, bottom, right, top = info.window_bounds(row - 1, col - 1, height + 2, width + 2)
-    near = shapely.clip_by_rect(shapes[np.sort(tree.query(shapely.box(left, bottom, right, top)))], left, bottom, right, top)  # most vertices may lie elsewhere
+def _draw(polygons, info, row, col, height, width):
+    "Draw polygons that lie in the CRS of the raster; those elsewhere, and their vertices, are not looked at."
+    box, geometry = info.window_bounds(row - 1, col - 1, height + 2, width + 2), polygons.geometry.values
+    near = shapely.clip_by_rect(np.asarray(geometry, object)[np.sort(geometry.sindex.query(shapely.box(*box)))], *box)
     near = near[shapely.area(near) > 0]
     if not len(near): return np.zeros((height, width), np.uint8)
     return rasterize(near, out_shape=(height, width), transform=window_transform(Window(col, row, width, height), info.transform), dtype=np.uint8)
@@ -303,29 +277,22 @@ def rasterise(
 ) -> UInt8[np.ndarray, "h w"]: # 1 where the centre of a pixel lies in a polygon
     "Draw polygons into a window."
     if len(polygons) and not _same_crs(polygons.crs, info.crs): polygons = _reproject(polygons, info.crs)
-    return _draw(*_indexed(polygons), info, row, col, height, width)
+    return _draw(polygons, info, row, col, height, width)
 
-# %% ../../nbs/data/10_raster.ipynb #229dd299
+# %% ../../nbs/data/10_raster.ipynb #14a96e60
 SUFFIXES = (".tif", ".tiff", ".vrt")
-
 def find_images(
     spec: str|Path|Sequence, # A file, a folder (its .tif, .tiff and .vrt files), a pattern such as `"scenes/*.tif"`, or a list of these
 ) -> list[Path]: # Sorted, each once
     "The raster files that someone means."
-    if isinstance(spec, (list, tuple)): found = {path for each in spec for path in find_images(each)}
-    else:
-        path = Path(spec).expanduser()
-        if path.is_dir(): found = {p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}
-        elif path.is_file(): found = {path}
-        else:
-            fixed = [part for part in path.parts[:next((i for i, part in enumerate(path.parts) if set("*?[") & set(part)), len(path.parts))]]
-            base = Path(*fixed) if fixed else Path()
-            pattern = str(path.relative_to(base)) if len(fixed) < len(path.parts) else ""
-            found = {p for p in base.glob(pattern) if p.is_file() and not p.name.startswith(".")} if pattern and base.is_dir() else set()
+    if isinstance(spec, (list, tuple)): return sorted({path for each in spec for path in find_images(each)})
+    path = Path(spec).expanduser()
+    if path.is_dir(): found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    else: found = [path] if path.is_file() else [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
     if not found: raise DataError(f"no raster at {spec}; give a file, a folder with {', '.join(SUFFIXES)} files, or a pattern such as scenes/*.tif")
     return sorted(found)
 
-# %% ../../nbs/data/10_raster.ipynb #7932fd34
+# %% ../../nbs/data/10_raster.ipynb #cb88dc34
 @dataclass(eq=False)
 class Scene:
     "An image with its labels and area of interest; holds no pixels and no open file."
@@ -345,17 +312,12 @@ class Scene:
         kind = f"{len(self.labels)} polygons" if self.labels is not None else f"mask {self.label_raster.path.name}" if self.label_raster else "no labels"
         return f"Scene({self.id!r}, {self.info.height} x {self.info.width} px, {', '.join(self.bands)}; {kind}{'; within an area of interest' if self.aoi is not None else ''})"
 
-    @cached_property
-    def _outlines(self): return _indexed(self.labels)
-    @cached_property
-    def _area(self): return _indexed(self.aoi)
-
     def read_mask(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
         "Labels of a window, and where they are known; the image is not read."
         if not self.labelled: raise DataError(f"scene {self.id} has no labels; give `labels` to `open_scenes`")
         window = row, col, height, width
-        known = np.ones((height, width), bool) if self.aoi is None else _draw(*self._area, self.info, *window) > 0
-        if self.labels is not None: mask = _draw(*self._outlines, self.info, *window)
+        known = np.ones((height, width), bool) if self.aoi is None else _draw(self.aoi, self.info, *window) > 0
+        if self.labels is not None: mask = _draw(self.labels, self.info, *window)
         else:
             (values,), measured = read_window(self.label_raster, *window)
             mask = np.isin(values, self.positive) if self.positive is not None else (values > 0) & (values != 255)
@@ -366,60 +328,22 @@ class Scene:
         "`image` (c, h, w) float32, `valid` (h, w) bool and, if there are labels, `mask` (h, w) int64."
         window = row, col, height, width
         image, valid = read_window(self.info, *window, bands=bands or self.bands)
-        mask, known = self.read_mask(*window) if self.labelled else (None, True if self.aoi is None else _draw(*self._area, self.info, *window) > 0)
+        mask, known = self.read_mask(*window) if self.labelled else (None, True if self.aoi is None else _draw(self.aoi, self.info, *window) > 0)
         if not np.all(known):
             valid &= known
             image[:, ~valid] = 0
         return dict(image=image, mask=mask*valid, valid=valid) if self.labelled else dict(image=image, valid=valid)
 
-# %% ../../nbs/data/10_raster.ipynb #7385190f
+# %% ../../nbs/data/10_raster.ipynb #64e48f96
 def _polygons_in(polygons, info):
     "Polygons that meet the raster, in its CRS, under the index they had."
-    same = _same_crs(polygons.crs, info.crs)
+    same, crs = _same_crs(polygons.crs, info.crs), pyproj.CRS.from_user_input(info.crs)
     try: left, bottom, right, top = info.bounds if same else transform_bounds(info.crs, CRS.from_user_input(polygons.crs), *info.bounds)
-    except (RasterioError, CPLE_BaseError): left = math.nan
-    if not all(map(math.isfinite, (left, bottom, right, top) if left == left else (left,))): return polygons.iloc[:0][["geometry"]].to_crs(pyproj.CRS.from_user_input(info.crs))
-    boxes = [shapely.box(left, bottom, right, top)] if left <= right else [shapely.box(left, bottom, 180, top), shapely.box(-180, bottom, right, top)]
-    near = polygons.iloc[np.unique(np.concatenate([polygons.sindex.query(box) for box in boxes]))][["geometry"]]
-    if len(near) and not same: near = _reproject(near, info.crs)
-    elif not same: near = near.to_crs(pyproj.CRS.from_user_input(info.crs))
+    except (RasterioError, CPLE_BaseError): left = bottom = right = top = math.inf
+    boxes = [shapely.box(left, bottom, right, top)] if left <= right else [shapely.box(left, bottom, 180, top), shapely.box(-180, bottom, right, top)]  # the date line
+    near = polygons.iloc[np.unique(np.concatenate([polygons.sindex.query(box) for box in boxes])) if math.isfinite(left + bottom + right + top) else []][["geometry"]]
+    if not same: near = _reproject(near, crs) if len(near) else near.to_crs(crs)
     return near[near.intersects(shapely.box(*info.bounds))]
-
-def _same_grid(a, b):
-    "Do two rasters share size, CRS and, to a hundredth of a pixel, the place of every pixel?"
-    off = max(abs(p - q) for corner in ((0, 0), (a.width, a.height)) for p, q in zip(*(
-        (r.transform.c + r.transform.a*corner[0], r.transform.f + r.transform.e*corner[1]) for r in (a, b))))
-    return (a.height, a.width) == (b.height, b.width) and a.crs == b.crs and off < .01*a.resolution
-
-def _check_alike(infos):
-    "Images of one study have the same bands and number type."
-    first = infos[0]
-    for other in infos[1:]:
-        for what, a, b in [("bands", first.count, other.count), ("number type", first.dtype, other.dtype), ("band names", first.bands, other.bands)]:
-            if a != b: raise DataError(f"images differ in their {what}: {first.path} has {a}, {other.path} has {b}; use images of one kind")
-
-# %% ../../nbs/data/10_raster.ipynb #bc555d10
-def _pair_masks(infos, masks, positive):
-    "The mask of each image, by file name, on the same grid."
-    masks = [read_info(path) for path in find_images(masks)]
-    by_stem = {mask.path.stem: mask for mask in masks}
-    paired = []
-    for info in infos:
-        stem = info.path.stem
-        mask = masks[0] if len(masks) == len(infos) == 1 else next((by_stem[s] for s in (stem, f"{stem}_mask", f"{stem}_label", f"{stem}_labels") if s in by_stem), None)
-        if mask is None: raise DataError(f"no mask for {info.path.name}; expected a mask named {stem} or {stem}_mask, found {', '.join(sorted(by_stem)[:5])}")
-        if mask.count != 1: raise DataError(f"mask {mask.path} has {mask.count} bands; one band of class numbers is expected")
-        if not _same_grid(info, mask):
-            raise DataError(f"mask {mask.path} lies on another grid than {info.path}: {mask.height} x {mask.width} px of {mask.resolution:g} in {mask.crs} from {mask.bounds[:2]}, "
-                            f"against {info.height} x {info.width} px of {info.resolution:g} in {info.crs} from {info.bounds[:2]}; warp it with gdalwarp")
-        paired.append(mask)
-    return paired
-
-def _scene_ids(infos):
-    "File stems, made unique by the folder or a number."
-    stems = [info.path.stem for info in infos]
-    ids = [s if stems.count(s) == 1 else f"{info.path.parent.name}_{s}" for s, info in zip(stems, infos)]
-    return [s if ids.count(s) == 1 else f"{s}_{i}" for i, s in enumerate(ids)]
 
 def _crs_name(crs): return CRS.from_user_input(crs).to_string() if len(CRS.from_user_input(crs).to_string()) < 20 else pyproj.CRS.from_user_input(crs).name
 
@@ -437,7 +361,39 @@ def _place(polygons, infos, name):
     if used < len(polygons): notes.append(f"{name}: {len(polygons) - used} of {len(polygons)} polygons lie outside every image")
     return parts, used, notes
 
-# %% ../../nbs/data/10_raster.ipynb #97e87eee
+# %% ../../nbs/data/10_raster.ipynb #8320a451
+def _check_alike(infos):
+    "Images of one study have the same bands and number type."
+    first = infos[0]
+    for other in infos[1:]:
+        for what, a, b in [("bands", first.count, other.count), ("number type", first.dtype, other.dtype), ("band names", first.bands, other.bands)]:
+            if a != b: raise DataError(f"images differ in their {what}: {first.path} has {a}, {other.path} has {b}; use images of one kind")
+
+def _same_grid(a, b):
+    "Do two rasters share size, CRS and, to a hundredth of a pixel, their place?"
+    off = max(abs(p - q) for p, q in zip(a.bounds, b.bounds))
+    return (a.height, a.width, a.crs) == (b.height, b.width, b.crs) and a.transform.e*b.transform.e > 0 and off < .01*a.resolution
+
+def _pair_masks(infos, masks):
+    "The mask of each image, by file name, on the same grid."
+    masks, paired = [read_info(path) for path in find_images(masks)], []
+    by_stem = {mask.path.stem: mask for mask in masks}
+    for stem, info in ((info.path.stem, info) for info in infos):
+        mask = masks[0] if len(masks) == len(infos) == 1 else next((by_stem[s] for s in (stem, f"{stem}_mask", f"{stem}_label", f"{stem}_labels") if s in by_stem), None)
+        if mask is None: raise DataError(f"no mask for {info.path.name}; expected a mask named {stem} or {stem}_mask, found {', '.join(sorted(by_stem)[:5])}")
+        if mask.count != 1: raise DataError(f"mask {mask.path} has {mask.count} bands; one band of class numbers is expected")
+        if not _same_grid(info, mask):
+            raise DataError(f"mask {mask.path} lies on another grid than {info.path}: {mask.height} x {mask.width} px of {mask.resolution:g} in {mask.crs} from {mask.bounds[:2]}, "
+                            f"against {info.height} x {info.width} px of {info.resolution:g} in {info.crs} from {info.bounds[:2]}; warp it with gdalwarp")
+        paired.append(mask)
+    return paired
+
+def _scene_ids(infos):
+    "File stems, numbered where files of several folders have the same."
+    stems = [info.path.stem for info in infos]
+    return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems)]
+
+# %% ../../nbs/data/10_raster.ipynb #8809fcbd
 def open_scenes(
     images: str|Path|Sequence, # What `find_images` takes
     labels: str|Path|Sequence|gpd.GeoDataFrame|None = None, # A vector file or GeoDataFrame; or mask rasters (file, folder, pattern), paired with the images by file name
@@ -460,9 +416,9 @@ def open_scenes(
         infos, areas = zip(*[(info, area) for info, area in zip(infos, areas) if len(area)])
     else: areas = [None]*len(infos)
     vectors, masks, counts, values = [None]*len(infos), [None]*len(infos), {}, None
-    if isinstance(labels, (list, tuple)) or isinstance(labels, (str, Path)) and (Path(labels).suffix.lower() in SUFFIXES or not Path(labels).is_file()):
+    if isinstance(labels, (list, tuple)) or isinstance(labels, (str, Path)) and (Path(labels).suffix.lower() in SUFFIXES or Path(labels).is_dir() or not Path(labels).is_file() and glob.has_magic(str(labels))):
         if column is not None: raise DataError("`column` belongs to polygons, and these labels are rasters; choose classes with `positive`")
-        masks = _pair_masks(infos, labels, positive)
+        masks = _pair_masks(infos, labels)
         if positive is not None: values = tuple(float(v) for v in (positive if isinstance(positive, (list, tuple, set)) else [positive]))
     elif labels is not None:
         polygons = read_labels(labels, column=column, positive=positive, layer=layer)
@@ -477,15 +433,13 @@ def open_scenes(
               for id, info, polygons, mask, area in zip(_scene_ids(infos), infos, vectors, masks, areas)]
     return scenes, notes
 
-# %% ../../nbs/data/10_raster.ipynb #a4dfdf9b
-def has_valid_pixel(
-    scene: Scene|RasterInfo, # What is searched; of a scene also the area of interest counts
-) -> bool:
-    "Is there any pixel to learn from? Stops at the first."
-    if isinstance(scene, RasterInfo): return any(read_window(scene, *window)[1].any() for window in raster_windows(scene))
-    return any(scene.read(*window)["valid"].any() for window in raster_windows(scene.info))
+# %% ../../nbs/data/10_raster.ipynb #7b9887ec
+def has_valid_pixel(scene: Scene|RasterInfo) -> bool:
+    "Is there any pixel to learn from, in the area of interest if there is one? Stops at the first."
+    def valid(*window): return read_window(scene, *window)[1] if isinstance(scene, RasterInfo) else scene.read(*window)["valid"]
+    return any(valid(*window).any() for window in raster_windows(scene if isinstance(scene, RasterInfo) else scene.info))
 
-# %% ../../nbs/data/10_raster.ipynb #7172c0b1
+# %% ../../nbs/data/10_raster.ipynb #497c8265
 @dataclass(frozen=True)
 class BandScale:
     "Mean and deviation per band, and the kind of image that they belong to."
@@ -504,44 +458,40 @@ class BandScale:
 
     def check(self, info: RasterInfo) -> tuple[str, ...]:
         "Names of the bands to read from this raster, or a `DataError` if it is of another kind."
-        faults = []
+        plain = [f"band_{i}" for i in range(1, (self.count or len(self.bands)) + 1)]
+        named, faults = not set(self.bands) <= set(plain), []
+        by_name = named and info.named  # else by position
         if info.dtype != self.dtype: faults.append(f"number type {self.dtype} expected, got {info.dtype}")
-        unnamed = tuple(f"band_{i}" for i in range(1, (self.count or len(self.bands)) + 1))
-        by_name = info.named and not set(self.bands) <= set(unnamed)  # names on both sides
         if by_name and (missing := [b for b in self.bands if b not in info.bands]): faults.append(f"bands {', '.join(missing)} are missing; it has {', '.join(info.bands)}")
-        if not by_name and info.count != len(unnamed): faults.append(f"{len(unnamed)} bands expected, got {info.count}")
-        if not by_name and not set(self.bands) <= set(unnamed) and len(self.bands) != info.count: faults.append(f"bands {', '.join(self.bands)} expected, but its bands have no names")
+        if not by_name and info.count != len(plain): faults.append(f"{len(plain)} bands expected, got {info.count}")
+        elif not by_name and named and len(self.bands) != info.count: faults.append(f"bands {', '.join(self.bands)} expected, but its bands have no names")
         if not .9 <= info.pixel_side/self.resolution <= 1.1: faults.append(f"pixels of {self.resolution:.3g} m expected, got {info.pixel_side:.3g} m")
         if faults: raise DataError(f"{info.path} is not the kind of image that the scale was made for: {'; '.join(faults)}")
-        return self.bands if by_name or set(self.bands) <= set(info.bands) else info.bands
+        return self.bands if by_name else info.bands if named else tuple(info.bands[plain.index(b)] for b in self.bands)
 
     def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
     @classmethod
     def from_dict(cls, values: dict) -> "BandScale": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../../nbs/data/10_raster.ipynb #b01d9d37
+# %% ../../nbs/data/10_raster.ipynb #3b8454a1
 def fit_band_scale(
     scenes: Sequence[Scene], # Where the windows lie
     windows: Iterable[tuple[str, int, int, int, int]], # Scene id, row, col, height, width; windows of the train part only
     bands: Sequence[str]|None = None, # Bands in the wished order; `None` for those of the scenes
 ) -> BandScale:
     "Mean and deviation over valid pixels, in one pass and in float64."
-    by_id = {scene.id: scene for scene in scenes}
-    names = tuple(bands or scenes[0].bands)
+    by_id, names = {scene.id: scene for scene in scenes}, tuple(bands or scenes[0].bands)
     n, mean, spread = 0, np.zeros(len(names)), np.zeros(len(names))
     for id, *window in windows:
         if id not in by_id: raise DataError(f"a window lies in scene `{id}`; the scenes are {', '.join(by_id)}")
         sample = by_id[id].read(*map(int, window), bands=names)
         values = sample["image"][:, sample["valid"]].astype(np.float64)
-        m = values.shape[1]
-        if not m: continue
+        if not (m := values.shape[1]): continue
         shift = values.mean(1) - mean  # merge two sets of moments (Chan, Golub and LeVeque 1983)
         spread += values.var(1)*m + shift**2*n*m/(n + m)
-        mean += shift*m/(n + m)
-        n += m
+        mean, n = mean + shift*m/(n + m), n + m
     if not n: raise DataError("no valid pixel in the windows that the scale is fitted on")
     std = np.sqrt(spread/n)
     flat = std <= 1e-6*np.maximum(1e-6, abs(mean))
     if flat.any(): warnings.warn(f"constant in all training windows: {', '.join(np.array(names)[flat])}; its deviation is set to 1, and it tells a network nothing", stacklevel=2)
-    info = scenes[0].info
-    return BandScale(names, tuple(mean.tolist()), tuple(np.where(flat, 1, std).tolist()), info.dtype, info.pixel_side, info.count)
+    return BandScale(names, tuple(mean.tolist()), tuple(np.where(flat, 1, std).tolist()), (info := scenes[0].info).dtype, info.pixel_side, info.count)
