@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tile_origins', 'tile_index', 'TileDataset', 'plot_sample']
 
-# %% ../../nbs/data/12_tiles.ipynb #ae64f15d
+# %% ../../nbs/data/12_tiles.ipynb #6c08367f
 from hashlib import blake2b
 from typing import Callable, Sequence
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..core import ConfigError, DataError, progress
 from .raster import BandScale, Scene
 
-# %% ../../nbs/data/12_tiles.ipynb #06072e24
+# %% ../../nbs/data/12_tiles.ipynb #4521172d
 def tile_origins(
     length: int, # Pixels to cover
     size: int, # Side of a tile, in pixels
@@ -30,7 +30,7 @@ def tile_origins(
     if min(length, size, stride) < 1 or stride > size: raise ConfigError(f"expected 1 <= stride <= size and a length of at least 1, got stride {stride}, size {size}, length {length}")
     return [*range(0, max(0, length - size), stride), max(0, length - size)]
 
-# %% ../../nbs/data/12_tiles.ipynb #92de00af
+# %% ../../nbs/data/12_tiles.ipynb #e5ed1d81
 def tile_index(
     scenes: Sequence[Scene], # Labelled scenes
     regions: pd.DataFrame|None, # Columns `block`, `scene`, `part`, `row0`, `row1`, `col0`, `col1`; `None`: every scene is one region
@@ -40,6 +40,7 @@ def tile_index(
     "Lay tiles in regions and count what they hold."
     by_id = {scene.id: scene for scene in scenes}
     if regions is None: regions = pd.DataFrame([dict(block=s.id, scene=s.id, part="all", row0=0, row1=s.info.height, col0=0, col1=s.info.width) for s in scenes])
+    if bare := [s.id for s in scenes if not s.labelled]: raise DataError(f"scenes without labels: {', '.join(bare)}; give `labels` to `open_scenes`")
     if lost := sorted(set(regions.scene) - set(by_id)): raise DataError(f"regions lie in scenes {', '.join(lost)}, but the scenes are {', '.join(by_id)}")
     spots = []
     for region in regions.to_dict("records"):
@@ -64,7 +65,7 @@ def _held(scene, spot):
     fingerprint = "" if flat else blake2b(np.ascontiguousarray(image).tobytes() + valid.tobytes(), digest_size=8).hexdigest()
     return dict(valid=int(valid.sum()), positive=int((mask > 0).sum()), own_valid=int(valid[own].sum()), own_positive=int((mask[own] > 0).sum()), fingerprint=fingerprint)
 
-# %% ../../nbs/data/12_tiles.ipynb #2eb2eb08
+# %% ../../nbs/data/12_tiles.ipynb #b233303b
 class TileDataset(Dataset):
     "Scaled tiles as torch samples."
     def __init__(self,
@@ -96,7 +97,7 @@ class TileDataset(Dataset):
     def __getstate__(self): return self.__dict__ | dict(_kept={}, _kept_bytes=0)
     def set_epoch(self, epoch: int) -> None: self._epoch.fill_(epoch)
 
-# %% ../../nbs/data/12_tiles.ipynb #4caafb1c
+# %% ../../nbs/data/12_tiles.ipynb #64e204fb
 @patch
 def _read(self: TileDataset, i):
     "Scaled image, mask and valid of the tile and the margin that jitter may reach, and where the tile lies in it; kept while memory lasts."
@@ -130,7 +131,7 @@ def owned(self: TileDataset,
     own[t["skip_rows"]:t["height"], t["skip_cols"]:t["width"]] = True
     return own
 
-# %% ../../nbs/data/12_tiles.ipynb #8c6ea3c6
+# %% ../../nbs/data/12_tiles.ipynb #0d67afa3
 @patch
 def __getitem__(self: TileDataset, i):
     "`image` (c, h, w) float32, `mask` (h, w) int64 or float32, `valid` (h, w) bool, `block` and `id`."
@@ -147,7 +148,7 @@ def __getitem__(self: TileDataset, i):
     sample = dict(image=image, mask=mask if mask.is_floating_point() else mask.long(), valid=valid, block=t["block"], id=t["id"])
     return self.augment(sample, generator) if self.augment else sample
 
-# %% ../../nbs/data/12_tiles.ipynb #4513abb2
+# %% ../../nbs/data/12_tiles.ipynb #cfcce25d
 def plot_sample(
     sample: dict, # Of a `TileDataset`; the image may be scaled, the stretch undoes that
     rgb: Sequence[int] = (0, 1, 2), # Bands that are drawn as red, green and blue; with fewer bands the first is drawn in grey
