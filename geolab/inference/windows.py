@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WindowPlan', 'plan_windows', 'MapDraft', 'predict_windows', 'predict_raster']
 
-# %% ../../nbs/inference/60_windows.ipynb #aa2d4484
+# %% ../../nbs/inference/60_windows.ipynb #74a2e5eb
 import hashlib, math, os, shutil, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..data.raster import BandScale, RasterInfo, rasterise, read_info, read_labe
 from ..evaluation.calibration import Calibrator
 from ..evaluation.thresholds import Threshold
 
-# %% ../../nbs/inference/60_windows.ipynb #e2083502
+# %% ../../nbs/inference/60_windows.ipynb #15bd88e4
 def _origins(length, size, stride):
     "First pixels of evenly spread windows, at most `stride` apart."
     n = math.ceil((length - size)/stride) + 1
@@ -49,7 +49,7 @@ def _weights(origins, length, size, ramp, halo):
     for o in origins: total[o:o + size] += profile
     return np.array([profile/total[o:o + size] for o in origins], np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #5a490418
+# %% ../../nbs/inference/60_windows.ipynb #99efdb2d
 @dataclass(frozen=True)
 class WindowPlan:
     "Windows in rows, all of one size, and how much each of them counts."
@@ -83,7 +83,7 @@ def plan_windows(
     weights = (_weights(o, n, size, tile - stride, halo) for o, n, size in zip((rows, cols), (height, width), window))
     return WindowPlan(height, width, window, rows, cols, *weights)
 
-# %% ../../nbs/inference/60_windows.ipynb #2243259f
+# %% ../../nbs/inference/60_windows.ipynb #34685e4b
 def _lock(path, target):
     "Lock a file, or say who holds it. The system frees the lock when the process ends, however it ends."
     try: import fcntl
@@ -102,7 +102,7 @@ def _lock(path, target):
     file.truncate(0); file.write(str(os.getpid())); file.flush()
     return file
 
-# %% ../../nbs/inference/60_windows.ipynb #29e69cb9
+# %% ../../nbs/inference/60_windows.ipynb #19658d8b
 class MapDraft:
     "Finished rows of a map that is being drawn, in a folder beside it. One writer at a time."
     def __init__(self,
@@ -131,7 +131,7 @@ class MapDraft:
         if not self.ends: shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
 
-# %% ../../nbs/inference/60_windows.ipynb #b36fd80b
+# %% ../../nbs/inference/60_windows.ipynb #cf5aa419
 @patch
 def write(self: MapDraft,
     values: np.ndarray, # (h, w): finished rows that follow those written before
@@ -156,7 +156,7 @@ def carry(self: MapDraft,
     "What the rows after the last finished band have got so far."
     return np.fromfile(self.folder/f"carry{(len(self.ends) - 1) % 2}", np.float32).reshape(-1, width) if self.ends else np.zeros((0, width), np.float32)
 
-# %% ../../nbs/inference/60_windows.ipynb #ecda128d
+# %% ../../nbs/inference/60_windows.ipynb #48acc050
 _VRT = """<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{transform}</GeoTransform><Metadata>{tags}</Metadata>
 <VRTRasterBand dataType="{gdal_type}" band="1" subClass="VRTRawRasterBand"><Description>{name}</Description><NoDataValue>{nodata}</NoDataValue>
 <SourceFilename relativetoVRT="1">rows</SourceFilename><PixelOffset>{item}</PixelOffset><LineOffset>{line}</LineOffset><ByteOrder>LSB</ByteOrder></VRTRasterBand></VRTDataset>"""
@@ -187,7 +187,7 @@ def finish(self: MapDraft,
     shutil.rmtree(self.folder)
     return self.path
 
-# %% ../../nbs/inference/60_windows.ipynb #2ea51304
+# %% ../../nbs/inference/60_windows.ipynb #d95ca19a
 def _stamp(path):
     "What changes when a file does."
     state = os.stat(path)
@@ -210,7 +210,7 @@ def _check_destination(info, dst, nbytes, overwrite):
     free = shutil.disk_usage(parent).free
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
 
-# %% ../../nbs/inference/60_windows.ipynb #33571c49
+# %% ../../nbs/inference/60_windows.ipynb #9777ae6c
 def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, bar):
     "Add the weighted logits of one row of windows to `total`; where the map is wanted."
     (height, width), row = plan.window, plan.rows[k]
@@ -234,7 +234,7 @@ def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, ba
             bar.update(len(batch)); batch = []
     return wanted
 
-# %% ../../nbs/inference/60_windows.ipynb #1d7b13d3
+# %% ../../nbs/inference/60_windows.ipynb #101d162a
 def predict_windows(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 1 h w"]], # From scaled images, 0 where not valid, to logits
     raster: RasterInfo|Path|str, # What is mapped
@@ -264,8 +264,8 @@ def predict_windows(
     _check_destination(info, dst, info.height*info.width*dtype.itemsize, overwrite)
     if aoi is not None: aoi = _aoi_on(aoi, info)
     stamp = _stamp(info.path)
-    key = content_hash(dict(key=uuid.uuid4().hex if key is None else key, source=stamp, plan=[tile, overlap, halo, batch_size], bands=bands, scale=scale and scale.to_dict(),
-        aoi=None if aoi is None else hashlib.sha256(b"".join(aoi.geometry.to_wkb())).hexdigest(), name=name, dtype=dtype.name, tags=tags, torch=torch.__version__))
+    key = content_hash(dict(key=uuid.uuid4().hex if key is None else key, source=stamp, bands=bands, scale=scale and scale.to_dict(), plan=[tile, overlap, halo, batch_size],
+        aoi=None if aoi is None else hashlib.sha256(b"".join(aoi.geometry.to_wkb())).hexdigest(), name=name, dtype=dtype.name, tags=tags, made_by=[__version__, torch.__version__]))
     height, n_cols = plan.window[0], len(plan.cols)
     with MapDraft(dst, key) as draft, torch.inference_mode(), rasterio.Env(GDAL_CACHEMAX=64 << 20), progress_bar(None, f"mapping {info.path.name}",
             total=len(plan.rows)*n_cols, initial=len(draft.ends)*n_cols, unit="window", disable=not progress) as bar:
@@ -280,7 +280,7 @@ def predict_windows(
         if _stamp(info.path) != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
         return draft.finish(info, dtype, nodata, name=name, tags=tags)
 
-# %% ../../nbs/inference/60_windows.ipynb #5fecd75e
+# %% ../../nbs/inference/60_windows.ipynb #b4e1a57c
 @contextmanager
 def _ready(network, device):
     "The network in evaluation mode on a device, as a function; afterwards it is where and as it was."
@@ -324,7 +324,7 @@ def _written(run, output, threshold):
     calibrator = run.calibrator or Calibrator()
     return calibrator.probability, dict(GEOLAB_CALIBRATOR=calibrator.hash)
 
-# %% ../../nbs/inference/60_windows.ipynb #3a3ca901
+# %% ../../nbs/inference/60_windows.ipynb #702fe50c
 def predict_raster(
     run, # A `Run`, the path of one, or what has its `model`, `scale`, `calibrator` and, for classes, `threshold` and `thresholds`
     src: Path|str, # Raster of the kind that the run was trained on
