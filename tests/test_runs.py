@@ -59,7 +59,7 @@ def test_as_it_was_written_it_loads(run):
 
 def test_a_real_segmenter_comes_back_bit_for_bit_and_asks_no_hub(tmp_path):
     from geolab.nn.segmentation import build_segmenter
-    arguments = dict(architecture="unet", encoder="tu-mobilenetv3_small_minimal_100", in_channels=2)
+    arguments = dict(architecture="unet", encoder="tu-mobilenetv3_small_050", in_channels=2)
     network = build_segmenter(**arguments).eval()
     save_model(tmp_path, network, builder="segmenter", arguments=arguments | dict(encoder_weights="imagenet"), scale=SCALE, tile_size=64)
     before = torch.get_rng_state()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'StageLog', 'save_model', 'load_model', 'Run', 'run_recipe', 'write_model_card']
 
-# %% ../../nbs/training/51_runs.ipynb #8dcbb6a1
+# %% ../../nbs/training/51_runs.ipynb #f959ee80
 import html, platform, time
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from ..evaluation.scores import load_scores
 from ..evaluation.thresholds import Threshold
 from ..nn.segmentation import build_segmenter
 
-# %% ../../nbs/training/51_runs.ipynb #eda3ed43
+# %% ../../nbs/training/51_runs.ipynb #c662c682
 class StageLog:
     "Which stages of a run are finished, and what they left."
     def __init__(self,
@@ -71,7 +71,7 @@ class StageLog:
                                    seconds=round(seconds, 3), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         _seal(self.folder/"stages.json", dict(recipe=self.recipe, planned=self.stages, stages=self.entries))
 
-# %% ../../nbs/training/51_runs.ipynb #7b2f2db3
+# %% ../../nbs/training/51_runs.ipynb #1da0ede2
 SCHEMA = 1  # of stages.json and model.json
 
 def _seal(path, value):
@@ -107,7 +107,7 @@ def _state(path, sha256, size):
     if size and (now[0] != size[0] or now == size and now[0] >= 200_000_000): return "altered" if now[0] != size[0] else ""
     return "" if sha256_of(path) == sha256 else "altered"
 
-# %% ../../nbs/training/51_runs.ipynb #b7440139
+# %% ../../nbs/training/51_runs.ipynb #4cf50acc
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"segmenter": build_segmenter}
 
 def save_model(
@@ -133,7 +133,7 @@ def save_model(
                 parameters=sum(p.numel() for p in network.parameters()), sha256=sha256_of(folder/"model.safetensors"), versions=_versions(), extra=extra or {})
     return folder/"model.safetensors", _seal(folder/"model.json", spec)
 
-# %% ../../nbs/training/51_runs.ipynb #ea5b74fb
+# %% ../../nbs/training/51_runs.ipynb #e9481a56
 def _versions():
     def of(name):
         try: return version(name)
@@ -156,7 +156,7 @@ def _fill(network, tensors, what):
     network.load_state_dict(tensors)
     return network
 
-# %% ../../nbs/training/51_runs.ipynb #033c48c8
+# %% ../../nbs/training/51_runs.ipynb #218a9816
 def load_model(
     folder: Path|str, # Holds model.safetensors and model.json
 ) -> tuple[nn.Module, dict]: # Network on the CPU in evaluation mode, and the content of model.json
@@ -177,7 +177,7 @@ def load_model(
     except (TypeError, GeolabError) as error: raise RunError(f"`{spec['builder']}` cannot build the network of {path} from {spec['arguments']}: {error}") from error
     return _fill(network, tensors, f"the network that {path} describes").eval(), spec
 
-# %% ../../nbs/training/51_runs.ipynb #cbf012c4
+# %% ../../nbs/training/51_runs.ipynb #8ee7adde
 class Run:
     "A run folder, verified."
     def __init__(self,
@@ -224,7 +224,7 @@ class Run:
     @cached_property
     def split(self) -> Split: return self.read("split.json", Split.load)
 
-# %% ../../nbs/training/51_runs.ipynb #67c98dbd
+# %% ../../nbs/training/51_runs.ipynb #05912f8d
 @patch(as_prop=True)
 def config(self: Run) -> dict:
     "Settings of the recipe."
@@ -250,7 +250,7 @@ def tile_size(self: Run) -> int:
     "Side of a training tile, in pixels."
     return self.spec["tile_size"]
 
-# %% ../../nbs/training/51_runs.ipynb #bd45819a
+# %% ../../nbs/training/51_runs.ipynb #686e3235
 @patch(as_prop=True)
 def calibrator(self: Run) -> Calibrator|None:
     "From logits to probabilities; `None` if none could be fitted."
@@ -284,7 +284,7 @@ def metrics(self: Run) -> dict:
     "Results on val and test, of the baselines, and of objects."
     return self.read("metrics.json")
 
-# %% ../../nbs/training/51_runs.ipynb #a949d179
+# %% ../../nbs/training/51_runs.ipynb #51861a4f
 def _number(x, digits=3): return "unknown" if x is None else f"{x:.{digits}f}" if isinstance(x, float) else f"{x:,}"
 
 def _have(run, name): return (run.path/name).exists()
@@ -308,14 +308,14 @@ def _facts(run) -> dict[str, str]:
     return facts
 
 @patch
-def __repr__(self: Run): return "\n".join(f"{k:16} {v}" for k, v in _facts(self).items())
+def __repr__(self: Run): return "\n".join(f"{k:20} {v}" for k, v in _facts(self).items())
 
 @patch
 def _repr_html_(self: Run):
     rows = "".join(f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in _facts(self).items())
     return f"<table>{rows}</table>"
 
-# %% ../../nbs/training/51_runs.ipynb #b76f23a1
+# %% ../../nbs/training/51_runs.ipynb #1c99c944
 def run_recipe(
     folder: Path|str, # A run folder
 ) -> str: # Name of its recipe
@@ -332,7 +332,7 @@ def write_model_card(
     with atomic_file(run.path/"MODEL_CARD.md") as aside: aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return run.path/"MODEL_CARD.md"
 
-# %% ../../nbs/training/51_runs.ipynb #ce7d8b93
+# %% ../../nbs/training/51_runs.ipynb #14f9ca31
 def _table(head, rows): return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"]*len(head), *rows])
 
 def _card_data(run):
