@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreHistogram', 'save_scores', 'load_scores', 'exact_scores', 'ConfusionCounts']
 
-# %% ../../nbs/evaluation/40_scores.ipynb #f98425de
+# %% ../../nbs/evaluation/40_scores.ipynb #84a00b4b
 import warnings
 from pathlib import Path
 from typing import Any, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import DataError, RunError, atomic_file, nearest
 
-# %% ../../nbs/evaluation/40_scores.ipynb #58a7ccae
+# %% ../../nbs/evaluation/40_scores.ipynb #926c4e21
 class ScoreHistogram:
     "int64 counts of logits by block, stratum and bin."
     def __init__(self,
@@ -51,7 +51,7 @@ class ScoreHistogram:
         return (f"ScoreHistogram: {len(self.blocks)} blocks, {n[0]:,} positives, {n[1]:,} negatives beside them, {n[2]:,} negatives in empty tiles; "
                 f"{tiles[0]:,} tiles with positives, {tiles[1]:,} empty; {len(self.edges):,} edges from {self.edges[0]:g} to {self.edges[-1]:g}")
 
-# %% ../../nbs/evaluation/40_scores.ipynb #1c2ec7b2
+# %% ../../nbs/evaluation/40_scores.ipynb #873e58d0
 def _rows(x, name, squeeze=True):
     "Tensor of one row per sample; `(b, 1, h, w)` loses its channel axis."
     x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
@@ -81,20 +81,26 @@ def _where(rows, block, ids):
     rows = [int(r) for r in rows]
     return ", ".join(f"block {block[r]} (sample {ids[r] if ids else r})" for r in rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
 
-def _checked(z, target, valid, block, ids):
-    "float32 or float64 logits and a boolean `positive`, pixels that do not count set to 0 and negative."
-    z = z if z.dtype in (torch.float32, torch.float64) else z.float()
-    if valid is not None: z, target = z.where(valid, z.new_zeros(())), target.where(valid, target.new_zeros(()))
-    if not z.numel(): return z, target.bool()
-    if not torch.stack(z.aminmax()).isfinite().all():
-        raise DataError(f"logits hold NaN or infinity in {_where((~z.isfinite()).any(1).nonzero(), block, ids)}; mark such pixels as not valid, or repair the network")
-    if target.dtype == torch.bool: return z, target
-    low, high = target.aminmax()
-    if not (low >= 0 and high <= 1):  # False for NaN as well
-        raise DataError(f"targets must lie in [0, 1], got {low.item():g} to {high.item():g} in {_where((~((target >= 0) & (target <= 1))).any(1).nonzero(), block, ids)}; mark ignored pixels as not valid")
-    return z, target >= .5
+def _spans(x, low, high):
+    "Do all numbers lie between the two? NaN does not."
+    return not x.numel() or bool(((ends := torch.stack(x.aminmax())) >= low).all() and (ends <= high).all())
 
-# %% ../../nbs/evaluation/40_scores.ipynb #3687bcf9
+def _checked(z, target, valid, block, ids):
+    "float32 or float64 logits, and a boolean `positive` that is False where a pixel does not count."
+    if z.dtype not in (torch.float32, torch.float64): z = z.float()
+    big = torch.finfo(z.dtype).max
+    if valid is not None and not _spans(z, -big, big): z = z.where(valid, z.new_zeros(()))  # what does not count may be anything
+    if not _spans(z, -big, big):
+        raise DataError(f"logits hold NaN or infinity in {_where((~z.isfinite()).any(1).nonzero(), block, ids)}; mark such pixels as not valid, or repair the network")
+    if target.dtype != torch.bool:
+        if valid is not None and not _spans(target, 0, 1): target = target.where(valid, target.new_zeros(()))
+        if not _spans(target, 0, 1):
+            wrong = _where((~((target >= 0) & (target <= 1))).any(1).nonzero(), block, ids)
+            raise DataError(f"targets must lie in [0, 1], got {target.min().item():g} to {target.max().item():g} in {wrong}; mark ignored pixels as not valid")
+        target = target >= .5 if target.is_floating_point() else target.bool()
+    return z, target if valid is None else target & valid
+
+# %% ../../nbs/evaluation/40_scores.ipynb #2ac310d2
 @patch
 def _bin(self: ScoreHistogram, z):
     "Bin number of each logit."
@@ -128,11 +134,11 @@ def _pieces(self: ScoreHistogram, z, target, valid, where, tile_positive, block,
     if (seen & ~given).any(): raise DataError(f"`tile_positive` is False but the pixels hold positives in {_where((seen & ~given).nonzero(), block, ids)}; one of the two is wrong")
     any_valid = torch.ones_like(seen) if valid is None else valid.any(1)
     yield "tiles", (2*where + (~given).cpu().numpy())[any_valid.cpu().numpy()], 1
-    for j in range(0, z.shape[1], 2**20):
-        cols = slice(j, j + 2**20)
+    for j in range(0, z.shape[1], 2**18):
+        cols = slice(j, j + 2**18)
         yield "counts", *self._positions(z[:, cols], positive[:, cols], None if valid is None else valid[:, cols], ~given, where)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #ff46335c
+# %% ../../nbs/evaluation/40_scores.ipynb #8ae0af63
 @patch
 def update(self: ScoreHistogram,
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits, never probabilities; (b,), (b, h, w), (b, 1, h, w) or any (b, ...)
@@ -153,14 +159,14 @@ def update(self: ScoreHistogram,
     if tile_positive is not None and len(tile_positive) != b: raise DataError(f"`tile_positive` must have one entry for each of the {b} samples, got {len(tile_positive)}")
     where = np.array([number[name] for name in block], int)
     pixels = logits[0].numel() if b else 0
-    step, found = max(1, 2**20//max(pixels, 1)), []
+    step, found = max(1, 2**18//max(pixels, 1)), []
     for i in range(0, b if pixels else 0, step):
         rows = slice(i, i + step)
         found += self._pieces(*(x if x is None else x[rows].reshape(-1, pixels) for x in (logits, target, valid)), where[rows], None if tile_positive is None else tile_positive[rows], block[rows], ids and ids[rows])
     for name, position, amount in found: np.add.at(getattr(self, name).reshape(-1), position, amount)  # a refused batch leaves no trace
     return self
 
-# %% ../../nbs/evaluation/40_scores.ipynb #9a155ba8
+# %% ../../nbs/evaluation/40_scores.ipynb #13a05457
 @patch
 def _like(self: ScoreHistogram, blocks):
     return ScoreHistogram(blocks, edges=self.edges) if self.exact else ScoreHistogram(blocks, lo=self.edges[0], hi=self.edges[-1], bins=len(self.edges) - 1)
@@ -174,7 +180,7 @@ def _on(self: ScoreHistogram, edges):
     counts[..., 0] = self.counts[..., 0]
     return counts
 
-# %% ../../nbs/evaluation/40_scores.ipynb #1198b620
+# %% ../../nbs/evaluation/40_scores.ipynb #b52990f9
 @patch
 def select(self: ScoreHistogram,
     blocks: Sequence[str], # Which blocks to keep, in the new order
@@ -208,7 +214,7 @@ def __eq__(self: ScoreHistogram, other) -> bool:
     other = other.select(self.blocks)
     return np.array_equal(self.counts, other.counts) and np.array_equal(self.tiles, other.tiles)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #5affde48
+# %% ../../nbs/evaluation/40_scores.ipynb #1c9d611e
 def save_scores(
     path: Path|str, # Where to write; ends in `.npz`
     parts: dict[str, "ScoreHistogram|ConfusionCounts"], # For example `{"val": ..., "cal": ..., "test": ...}`
@@ -231,7 +237,7 @@ def load_scores(
     except FileNotFoundError: raise RunError(f"{path} is missing") from None
     except Exception as error: raise RunError(f"{path} cannot be read as scores: {error}; count them again") from error
 
-# %% ../../nbs/evaluation/40_scores.ipynb #81b2de13
+# %% ../../nbs/evaluation/40_scores.ipynb #b5b3e494
 @patch
 def _arrays(self: ScoreHistogram):
     return dict(kind=np.array("exact" if self.exact else "uniform"), blocks=np.array(self.blocks), edges=self.edges, counts=self.counts, tiles=self.tiles)
@@ -246,7 +252,7 @@ def _from_arrays(a: dict[str, Any]):
         setattr(new, key, a[key])
     return new
 
-# %% ../../nbs/evaluation/40_scores.ipynb #074faa7c
+# %% ../../nbs/evaluation/40_scores.ipynb #bbdc1ab4
 @patch
 def save(self: ScoreHistogram, path: Path|str) -> Path:
     "Write one histogram; `load` reads it."
@@ -259,7 +265,7 @@ def load(cls: ScoreHistogram, path: Path|str) -> "ScoreHistogram":
     if len(parts) != 1: raise RunError(f"{path} holds {len(parts)} histograms ({', '.join(parts)}); read it with `load_scores`")
     return next(iter(parts.values()))
 
-# %% ../../nbs/evaluation/40_scores.ipynb #51f81977
+# %% ../../nbs/evaluation/40_scores.ipynb #4ff94ced
 @patch
 def flagged(self: ScoreHistogram) -> Int[np.ndarray, "block stratum edge"]: # Counts
     "Logits at or above each edge, by block and stratum."
@@ -282,7 +288,7 @@ def centers(self: ScoreHistogram) -> Float[np.ndarray, " bin"]: # Logits
     if self.exact: return np.concatenate([self.edges[:1] - 1, self.edges])
     return np.concatenate([self.edges - self.width/2, self.edges[-1:] + self.width/2])
 
-# %% ../../nbs/evaluation/40_scores.ipynb #ce363c91
+# %% ../../nbs/evaluation/40_scores.ipynb #683a3e86
 def exact_scores(
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits
     target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels
@@ -299,7 +305,7 @@ def exact_scores(
     if (need := len(blocks)*3*8*len(scores)) > 2**30: raise DataError(f"{len(scores):,} distinct scores in {len(blocks)} blocks need {need/2**30:.1f} GiB; count them in a `ScoreHistogram`, or pool the blocks")
     return ScoreHistogram(blocks, edges=scores if len(scores) else [0.]).update(logits, target, valid=valid, block=block, tile_positive=tile_positive)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #d1d39aad
+# %% ../../nbs/evaluation/40_scores.ipynb #d929caab
 class ConfusionCounts:
     "int64 counts of true class by predicted class, by block."
     def __init__(self,
