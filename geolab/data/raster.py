@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'write_geotiff', 'RasterInfo', 'read_info', 'read_window', 'raster_windows', 'read_labels', 'rasterise',
            'find_images', 'Scene', 'open_scenes', 'has_valid_pixel', 'BandScale', 'fit_band_scale']
 
-# %% ../../nbs/data/10_raster.ipynb #433be520
+# %% ../../nbs/data/10_raster.ipynb #44516945
 import glob, math, os, threading, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,7 @@ from rasterio.windows import Window, transform as window_transform
 
 from ..core import DataError, atomic_file, nearest
 
-# %% ../../nbs/data/10_raster.ipynb #c218fcef
+# %% ../../nbs/data/10_raster.ipynb #3b49a4b6
 @contextmanager
 def _speaking_of(path, action="read"):
     "Turn what rasterio and pyogrio raise into a `DataError` that names the file."
@@ -61,7 +61,7 @@ def write_geotiff(
             f.update_tags(**(tags or {}))
     return Path(path)
 
-# %% ../../nbs/data/10_raster.ipynb #973e81b9
+# %% ../../nbs/data/10_raster.ipynb #bb938931
 @dataclass(frozen=True)
 class RasterInfo:
     "A raster without its pixels: size, bands, place."
@@ -95,7 +95,7 @@ class RasterInfo:
             if name not in self.bands: raise DataError(f"{self.path} has no band `{name}`; it has {', '.join(self.bands)}")
         return [self.bands.index(name) + 1 for name in bands or self.bands]
 
-# %% ../../nbs/data/10_raster.ipynb #502146f3
+# %% ../../nbs/data/10_raster.ipynb #4e25eda2
 @lru_cache(maxsize=256)
 def _handle(path, stamp, process, thread): # a file that changed, a forked worker or another thread never meets an old handle
     with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def read_info(
     dtype = np.result_type(*(np.dtype(name) for name in dtypes)).name
     return RasterInfo(path, src.width, src.height, src.count, dtype, src.crs, t, src.nodata, names)
 
-# %% ../../nbs/data/10_raster.ipynb #1c11afcd
+# %% ../../nbs/data/10_raster.ipynb #feb93c66
 @patch
 def pixel_area(self: RasterInfo,
     row: int|None = None, # Row of the pixel; `None` for the middle of the raster. Only matters on the ellipsoid
@@ -153,7 +153,7 @@ def pixel_area(self: RasterInfo,
     if not self.crs.is_geographic: x, y = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True).transform(x, y)
     return abs(crs.get_geod().polygon_area_perimeter(x, y)[0])
 
-# %% ../../nbs/data/10_raster.ipynb #06c0c157
+# %% ../../nbs/data/10_raster.ipynb #2276446b
 def read_window(
     raster: RasterInfo|Path|str, # A raster; with a `RasterInfo` nothing is checked again
     row: int, col: int, # First row and column; may lie outside
@@ -176,7 +176,7 @@ def read_window(
     image[:, *here], valid[here] = values, ok
     return image, valid
 
-# %% ../../nbs/data/10_raster.ipynb #231ed723
+# %% ../../nbs/data/10_raster.ipynb #f134801a
 def raster_windows(
     info: RasterInfo, # A raster
     side: int = 1024, # Side of a square window, in pixels; bands of rows hold as many pixels
@@ -188,7 +188,7 @@ def raster_windows(
     for row in range(0, info.height, rows):
         for col in range(0, info.width, cols): yield row, col, min(rows, info.height - row), min(cols, info.width - col)
 
-# %% ../../nbs/data/10_raster.ipynb #c1253bc9
+# %% ../../nbs/data/10_raster.ipynb #aae51aa1
 def _read_vector(path, layer):
     "The features of a vector file, its CRS checked."
     if not path.exists(): raise DataError(f"{path} is missing; give the path of a vector file")
@@ -220,7 +220,7 @@ def _of_class(features, column, positive, name):
                         f"values there: {', '.join(map(repr, values.dropna().unique()[:10])) or 'none'}")
     return features[keep]
 
-# %% ../../nbs/data/10_raster.ipynb #f1ac4cc7
+# %% ../../nbs/data/10_raster.ipynb #bd65386f
 def _polygonal(geometry):
     "The polygons within a repaired geometry."
     parts = shapely.get_parts(geometry)
@@ -252,7 +252,7 @@ def read_labels(
     polygons.attrs = dict(name=Path(name).name, read=len(features), other_class=len(features) - len(chosen), repaired=int((invalid & good).sum()), dropped=int((~good).sum()))
     return polygons
 
-# %% ../../nbs/data/10_raster.ipynb #f9971de1
+# %% ../../nbs/data/10_raster.ipynb #e0d73fd5
 def _same_crs(a, b): return CRS.from_user_input(a) == CRS.from_user_input(b)
 
 def _reproject(polygons, crs):
@@ -261,9 +261,9 @@ def _reproject(polygons, crs):
     bent = polygons.geometry.segmentize(max(right - left, top - bottom)/200)
     return gpd.GeoDataFrame(geometry=bent).to_crs(pyproj.CRS.from_user_input(crs))
 
-def _draw(polygons, info, row, col, height, width):
-    "Draw polygons that lie in the CRS of the raster; those elsewhere, and their vertices, are not looked at."
-    box, geometry = info.window_bounds(row - 1, col - 1, height + 2, width + 2), polygons.geometry.values
+def _draw(geometry, info, row, col, height, width):
+    "Draw outlines that lie in the CRS of the raster; those elsewhere, and their vertices, are not looked at."
+    box = info.window_bounds(row - 1, col - 1, height + 2, width + 2)
     near = shapely.clip_by_rect(np.asarray(geometry, object)[np.sort(geometry.sindex.query(shapely.box(*box)))], *box)
     near = near[shapely.area(near) > 0]
     if not len(near): return np.zeros((height, width), np.uint8)
@@ -277,9 +277,9 @@ def rasterise(
 ) -> UInt8[np.ndarray, "h w"]: # 1 where the centre of a pixel lies in a polygon
     "Draw polygons into a window."
     if len(polygons) and not _same_crs(polygons.crs, info.crs): polygons = _reproject(polygons, info.crs)
-    return _draw(polygons, info, row, col, height, width)
+    return _draw(polygons.geometry.values, info, row, col, height, width)
 
-# %% ../../nbs/data/10_raster.ipynb #14a96e60
+# %% ../../nbs/data/10_raster.ipynb #420bdebf
 SUFFIXES = (".tif", ".tiff", ".vrt")
 def find_images(
     spec: str|Path|Sequence, # A file, a folder (its .tif, .tiff and .vrt files), a pattern such as `"scenes/*.tif"`, or a list of these
@@ -292,7 +292,7 @@ def find_images(
     if not found: raise DataError(f"no raster at {spec}; give a file, a folder with {', '.join(SUFFIXES)} files, or a pattern such as scenes/*.tif")
     return sorted(found)
 
-# %% ../../nbs/data/10_raster.ipynb #cb88dc34
+# %% ../../nbs/data/10_raster.ipynb #f8d31729
 @dataclass(eq=False)
 class Scene:
     "An image with its labels and area of interest; holds no pixels and no open file."
@@ -305,7 +305,9 @@ class Scene:
     positive: tuple[float, ...]|None = None # Values of the mask that are positive instead
     counts: dict = field(default_factory=dict) # How many polygons were read, repaired, used and left outside, over all scenes
 
-    def __post_init__(self): self.bands = tuple(self.bands) or self.info.bands
+    def __post_init__(self):
+        self.bands = tuple(self.bands) or self.info.bands
+        self._outlines, self._area = (None if polygons is None else polygons.geometry.values for polygons in (self.labels, self.aoi))
     @property
     def labelled(self) -> bool: return self.labels is not None or self.label_raster is not None
     def __repr__(self):
@@ -316,8 +318,8 @@ class Scene:
         "Labels of a window, and where they are known; the image is not read."
         if not self.labelled: raise DataError(f"scene {self.id} has no labels; give `labels` to `open_scenes`")
         window = row, col, height, width
-        known = np.ones((height, width), bool) if self.aoi is None else _draw(self.aoi, self.info, *window) > 0
-        if self.labels is not None: mask = _draw(self.labels, self.info, *window)
+        known = np.ones((height, width), bool) if self.aoi is None else _draw(self._area, self.info, *window) > 0
+        if self.labels is not None: mask = _draw(self._outlines, self.info, *window)
         else:
             (values,), measured = read_window(self.label_raster, *window)
             mask = np.isin(values, self.positive) if self.positive is not None else (values > 0) & (values != 255)
@@ -328,13 +330,13 @@ class Scene:
         "`image` (c, h, w) float32, `valid` (h, w) bool and, if there are labels, `mask` (h, w) int64."
         window = row, col, height, width
         image, valid = read_window(self.info, *window, bands=bands or self.bands)
-        mask, known = self.read_mask(*window) if self.labelled else (None, True if self.aoi is None else _draw(self.aoi, self.info, *window) > 0)
+        mask, known = self.read_mask(*window) if self.labelled else (None, True if self.aoi is None else _draw(self._area, self.info, *window) > 0)
         if not np.all(known):
             valid &= known
             image[:, ~valid] = 0
         return dict(image=image, mask=mask*valid, valid=valid) if self.labelled else dict(image=image, valid=valid)
 
-# %% ../../nbs/data/10_raster.ipynb #64e48f96
+# %% ../../nbs/data/10_raster.ipynb #6c019496
 def _polygons_in(polygons, info):
     "Polygons that meet the raster, in its CRS, under the index they had."
     same, crs = _same_crs(polygons.crs, info.crs), pyproj.CRS.from_user_input(info.crs)
@@ -361,7 +363,7 @@ def _place(polygons, infos, name):
     if used < len(polygons): notes.append(f"{name}: {len(polygons) - used} of {len(polygons)} polygons lie outside every image")
     return parts, used, notes
 
-# %% ../../nbs/data/10_raster.ipynb #8320a451
+# %% ../../nbs/data/10_raster.ipynb #f6a77a11
 def _check_alike(infos):
     "Images of one study have the same bands and number type."
     first = infos[0]
@@ -393,7 +395,7 @@ def _scene_ids(infos):
     stems = [info.path.stem for info in infos]
     return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems)]
 
-# %% ../../nbs/data/10_raster.ipynb #8809fcbd
+# %% ../../nbs/data/10_raster.ipynb #1915b790
 def open_scenes(
     images: str|Path|Sequence, # What `find_images` takes
     labels: str|Path|Sequence|gpd.GeoDataFrame|None = None, # A vector file or GeoDataFrame; or mask rasters (file, folder, pattern), paired with the images by file name
@@ -433,13 +435,13 @@ def open_scenes(
               for id, info, polygons, mask, area in zip(_scene_ids(infos), infos, vectors, masks, areas)]
     return scenes, notes
 
-# %% ../../nbs/data/10_raster.ipynb #7b9887ec
+# %% ../../nbs/data/10_raster.ipynb #a59369c4
 def has_valid_pixel(scene: Scene|RasterInfo) -> bool:
     "Is there any pixel to learn from, in the area of interest if there is one? Stops at the first."
     def valid(*window): return read_window(scene, *window)[1] if isinstance(scene, RasterInfo) else scene.read(*window)["valid"]
     return any(valid(*window).any() for window in raster_windows(scene if isinstance(scene, RasterInfo) else scene.info))
 
-# %% ../../nbs/data/10_raster.ipynb #497c8265
+# %% ../../nbs/data/10_raster.ipynb #e26485fa
 @dataclass(frozen=True)
 class BandScale:
     "Mean and deviation per band, and the kind of image that they belong to."
@@ -473,7 +475,7 @@ class BandScale:
     @classmethod
     def from_dict(cls, values: dict) -> "BandScale": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../../nbs/data/10_raster.ipynb #3b8454a1
+# %% ../../nbs/data/10_raster.ipynb #0629d9aa
 def fit_band_scale(
     scenes: Sequence[Scene], # Where the windows lie
     windows: Iterable[tuple[str, int, int, int, int]], # Scene id, row, col, height, width; windows of the train part only
