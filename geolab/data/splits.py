@@ -6,7 +6,7 @@
 __all__ = ['PART_COLOURS', 'Audit', 'audit_labels', 'label_range', 'Frame', 'measure_windows', 'Split', 'make_split',
            'plot_split']
 
-# %% ../../nbs/data/13_splits.ipynb #9f623462
+# %% ../../nbs/data/13_splits.ipynb #495ce38e
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,7 +27,7 @@ from ..core import ConfigError, DataError, RunError, SplitError, progress, read_
 from .raster import Scene, rasterise
 from .tiles import tile_index, tile_origins
 
-# %% ../../nbs/data/13_splits.ipynb #9d560dd7
+# %% ../../nbs/data/13_splits.ipynb #ed07ce41
 @dataclass
 class Audit:
     "What there is to learn from, per scene and in all."
@@ -56,14 +56,16 @@ class Audit:
             raise DataError(f"no positive pixel among {self.total['valid']:,} valid ones, so nothing can be learned; " + (" ".join(self.notes) or "check that labels and images belong together"))
         return self
 
-# %% ../../nbs/data/13_splits.ipynb #2862bd84
+# %% ../../nbs/data/13_splits.ipynb #18952820
 def _without_pixel(scene):
     "Polygons so small that no pixel centre lies in them."
     if scene.labels is None: return 0
-    small = scene.labels[scene.labels.area < 4*abs(scene.info.transform.a*scene.info.transform.e)]
-    left, top, side_x, side_y = scene.info.transform.c, scene.info.transform.f, scene.info.transform.a, scene.info.transform.e
-    spots = [(i, math.floor((box[3 if side_y < 0 else 1] - top)/side_y) - 1, math.floor((box[0 if side_x > 0 else 2] - left)/side_x) - 1) for i, box in enumerate(small.bounds.values)]
-    return sum(not rasterise(small.iloc[[i]], scene.info, row, col, 12, 12).any() for i, row, col in spots)
+    t, empty = scene.info.transform, 0
+    small = scene.labels[scene.labels.area < 4*abs(t.a*t.e)]
+    for i, (left, bottom, right, top) in enumerate(small.bounds.values):
+        (row, *_, end_row), (col, *_, end_col) = (sorted(math.floor(v) for v in ends) for ends in (((top - t.f)/t.e, (bottom - t.f)/t.e), ((left - t.c)/t.a, (right - t.c)/t.a)))
+        empty += not rasterise(small.iloc[[i]], scene.info, row, col, end_row - row + 1, end_col - col + 1).any()
+    return empty
 
 def audit_labels(
     scenes: Sequence[Scene], # Labelled scenes
@@ -87,7 +89,7 @@ def audit_labels(
     if not total["positive"] and any(s.label_raster is not None and s.positive is None for s in scenes): notes.append("in a mask 255 means unknown; where it stands for the class, say positive=255.")
     return Audit(table, total, notes).check()
 
-# %% ../../nbs/data/13_splits.ipynb #9ad99827
+# %% ../../nbs/data/13_splits.ipynb #8eaf402f
 def _pairs(x, axis, max_lag):
     "Pairs of set pixels at each distance along an axis."
     n = x.shape[axis] + max_lag
@@ -119,7 +121,7 @@ def label_range(
     reach = max(int(np.argmax(curve < level)) if (curve < level).any() else max_lag for curve in curves)
     return reach, pd.DataFrame(dict(lag=lags, along_columns=curves[0], along_rows=curves[1]))
 
-# %% ../../nbs/data/13_splits.ipynb #70fb4c85
+# %% ../../nbs/data/13_splits.ipynb #300384cc
 @lru_cache(maxsize=256)
 def _transformer(source, target): return pyproj.Transformer.from_crs(source, target, always_xy=True)
 
@@ -166,7 +168,7 @@ def _rectangle(frame, box, height, width):
     (col0, row0), (col1, row1) = (max(0, math.ceil(v - 1e-6)) for v in inside[:2]), (min(side, math.floor(v + 1e-6)) for v, side in zip(inside[2:], (width, height)))
     return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
 
-# %% ../../nbs/data/13_splits.ipynb #b6f3cbf2
+# %% ../../nbs/data/13_splits.ipynb #29b48a81
 @dataclass
 class _Ground:
     "Groups of scenes, their cells, and what each cell holds: in all, and in the margins that a dead zone would take."
@@ -210,7 +212,7 @@ def _count(scene, rect, margin, side=1024):
             held += np.stack([by_row.T @ what.astype(np.int64) @ by_col for what in (sample["mask"] > 0, sample["valid"])])
     return held
 
-# %% ../../nbs/data/13_splits.ipynb #d98a0a6f
+# %% ../../nbs/data/13_splits.ipynb #e48df683
 def _lay_grid(scenes, tile_size, block_size, dead_zone):
     "Lay cells over every group and count what they hold."
     groups, frames, edges, margins = _groups(scenes, dead_zone), {}, [], []
@@ -250,7 +252,7 @@ def _fill(ground, k, g):
     if covered < info.height*info.width: found = int(_count(scene, (0, info.height, 0, info.width), 1)[0].sum())  # some pixels lie between cells
     ground.total += found
 
-# %% ../../nbs/data/13_splits.ipynb #a9cb68f5
+# %% ../../nbs/data/13_splits.ipynb #e6de0915
 def _facing(parts):
     "Sides (top, bottom, left, right) of cells that must leave a margin out; parts are numbers, -1 where nothing lies."
     padded = np.pad(parts, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
@@ -264,11 +266,10 @@ def _facing(parts):
 
 def _usable(counts, sides):
     "What cells (g, i, j, 3, 3) hold without the margins that face another part."
-    top, bottom, left, right = sides
-    inner = np.ones_like(top)
-    return np.einsum("gijrc,gijr,gijc->gij", counts, np.stack([~top, inner, ~bottom], -1).astype(np.int64), np.stack([~left, inner, ~right], -1).astype(np.int64))
+    rows, cols = (np.stack([~before, np.ones_like(before), ~behind], -1).astype(np.int64) for before, behind in (sides[:2], sides[2:]))
+    return np.einsum("gijrc,gijr,gijc->gij", counts, rows, cols)
 
-# %% ../../nbs/data/13_splits.ipynb #de0146c1
+# %% ../../nbs/data/13_splits.ipynb #06ddc629
 def _draw_parts(ground, shares, rng, n):
     "Random assignments of cells to parts: (group, i, j) numbers with -1 for none, and whether they are strips."
     here = ground.valid.sum((3, 4)) > 0
@@ -288,8 +289,7 @@ def _draw_parts(ground, shares, rng, n):
             weights = [np.bincount(clump.ravel(), w) for w in (positive, area)]
             of_clump = np.empty(len(weights[0]), int)
             for some, weight in zip((weights[0] > 0, weights[0] == 0), weights):
-                some = rng.permutation(np.flatnonzero(some))
-                of_clump[some] = cut(weight[some])
+                some = rng.permutation(np.flatnonzero(some)); of_clump[some] = cut(weight[some])
             part = of_clump[clump.ravel()]
         parts = np.full(here.shape, -1)
         parts[g, i, j] = part
@@ -311,7 +311,7 @@ def _best_parts(ground, shares, seed, n, least):
         if score < lowest: best, lowest = (parts, 1 - kept/ground.total), score
     return best
 
-# %% ../../nbs/data/13_splits.ipynb #3ebb212a
+# %% ../../nbs/data/13_splits.ipynb #95b50c40
 def _closest(boxes, parts):
     "Free pixels between the closest boxes (left, top, right, bottom) of different parts, and the area that such boxes share."
     gap, shared, names = math.inf, 0., sorted(set(parts))
@@ -344,7 +344,7 @@ def measure_windows(
         found.append(_closest(ground[group == name].round(4), parts[group == name]))
     return min((gap for gap, _ in found), default=math.inf), sum(shared for _, shared in found)
 
-# %% ../../nbs/data/13_splits.ipynb #29df7092
+# %% ../../nbs/data/13_splits.ipynb #fb72682c
 @dataclass
 class Split:
     "Tiles and blocks of each part, and the certificate that they are apart."
@@ -369,8 +369,7 @@ class Split:
 
     def save(self, path: Path|str) -> Path:
         "Write as JSON."
-        return write_json(path, dict(certificate=self.certificate, frames={id: asdict(f) for id, f in self.frames.items()},
-                                     blocks=self.blocks.to_dict("list"), tiles=self.tiles.to_dict("list")))
+        return write_json(path, dict(certificate=self.certificate, frames={id: asdict(f) for id, f in self.frames.items()}, blocks=self.blocks.to_dict("list"), tiles=self.tiles.to_dict("list")))
     @classmethod
     def load(cls, path: Path|str) -> "Split":
         "Read what `save` wrote; call `check` to measure it again."
@@ -380,40 +379,37 @@ class Split:
             return cls(pd.DataFrame(kept["tiles"]), pd.DataFrame(kept["blocks"]), kept["certificate"], frames)
         except (KeyError, TypeError, ValueError, AttributeError) as error: raise RunError(f"{path} is not a split: {error}") from error
 
-# %% ../../nbs/data/13_splits.ipynb #71699124
+# %% ../../nbs/data/13_splits.ipynb #77470b11
 def _measure(tiles, blocks, frames):
     "The measured half of a certificate."
-    gap, shared = measure_windows(tiles, frames)
-    prints, parts = {}, {}
-    for fingerprint, part in zip(tiles.fingerprint, tiles.part): prints.setdefault(fingerprint, set()).add(part)
+    (gap, shared), parts, prints = measure_windows(tiles, frames), {}, tiles[["fingerprint", "part"]].drop_duplicates()
     part, block, positive, own_valid, own_positive = (tiles[k].to_numpy() for k in ("part", "block", "positive", "own_valid", "own_positive"))
-    for name in dict.fromkeys(blocks.part):
-        at = part == name
+    for name, at in ((name, part == name) for name in dict.fromkeys(blocks.part)):
         parts[name] = dict(blocks=len(set(block[at])), positive_blocks=len(set(block[at & (own_positive > 0)])), tiles=int(at.sum()), positive_tiles=int((positive[at] > 0).sum()),
                            empty_tiles=int((positive[at] == 0).sum()), pixels=int(own_valid[at].sum()), positive_pixels=int(own_positive[at].sum()))
-    return dict(parts=parts, min_distance_px=None if gap == math.inf else gap, overlap_pixels=shared, duplicate_tiles=sum(len(of) > 1 for name, of in prints.items() if name))
+    return dict(parts=parts, min_distance_px=None if gap == math.inf else gap, overlap_pixels=shared, duplicate_tiles=int(prints.fingerprint[prints.fingerprint != ""].duplicated().sum()))
 
 @patch
 def check(self: Split) -> Split:
     "Measure again from the windows; `SplitError` unless the certificate holds."
     c, t, faults = self.certificate, self.tiles, []
     measured = _measure(t, self.blocks, self.frames)
-    outside = t[(t.row < t.row0) | (t.col < t.col0) | (t.row + t.height > t.row1) | (t.col + t.width > t.col1)]
     key = ["block", "scene", "part", "row0", "row1", "col0", "col1"]
-    strangers = set(t[key].itertuples(index=False, name=None)) - set(self.blocks[key].itertuples(index=False, name=None))
+    known = pd.MultiIndex.from_frame(t[key]).isin(pd.MultiIndex.from_frame(self.blocks[key]))
+    outside = t.id[(t.row < t.row0) | (t.col < t.col0) | (t.row + t.height > t.row1) | (t.col + t.width > t.col1) | ~known].tolist()
     gap = min(math.inf if measured["min_distance_px"] is None else measured["min_distance_px"], measure_windows(self.blocks, self.frames)[0])
     if c["dead_zone_px"] < 1: faults.append(f"the dead zone is {c['dead_zone_px']} px; at least 1 is needed")
     if gap < c["dead_zone_px"]: faults.append(f"windows of different parts are {gap:g} px apart; the dead zone is {c['dead_zone_px']} px")
     if measured["overlap_pixels"]: faults.append(f"parts share {measured['overlap_pixels']:g} pixels")
     if measured["duplicate_tiles"]: faults.append(f"{measured['duplicate_tiles']} tiles occur in several parts")
-    if len(outside) or strangers: faults.append(f"{len(outside) + len(strangers)} tiles lie outside their block, such as {(outside.id.tolist() or [str(min(strangers))])[0]}")
+    if outside: faults.append(f"{len(outside)} tiles lie outside their block, such as {outside[0]}")
     if self.blocks.groupby("block").part.nunique().gt(1).any(): faults.append("a block belongs to two parts")
     if empty := [name for name, n in measured["parts"].items() if not n["positive_pixels"]]: faults.append(f"no positives in {', '.join(empty)}")
     if changed := [k for k, v in measured.items() if v != c[k]]: faults.append(f"the certificate says otherwise about {', '.join(changed)}")
     if faults: raise SplitError("the split does not hold: " + "; ".join(faults))
     return self
 
-# %% ../../nbs/data/13_splits.ipynb #042c65e9
+# %% ../../nbs/data/13_splits.ipynb #047b3f21
 def _trade_off(scenes, tile_size, block_size, dead_zone, shares, seed, n):
     "Positives lost with larger blocks and smaller dead zones, as lines of text."
     lines = []
@@ -434,10 +430,11 @@ def _regions(ground, parts, names, least):
     return pd.DataFrame(rows).sort_values("part", key=lambda p: p.map(names.index), kind="stable").reset_index(drop=True)
 
 def _shares(fractions):
+    "Parts in their order, and their shares, which add up to 1."
     names = [name for name in ("train", "val", "cal", "test") if name in fractions]
     return names, np.array([fractions[name] for name in names])/sum(fractions.values())
 
-# %% ../../nbs/data/13_splits.ipynb #24e0b387
+# %% ../../nbs/data/13_splits.ipynb #bf7402ef
 def _finish(ground, parts, names, tile_size, stride, facts):
     "Lay tiles, drop copies that two parts would share, and measure."
     blocks, notes = _regions(ground, parts, names, max(1, tile_size//8)), []
@@ -487,7 +484,7 @@ def make_split(
         raise SplitError(f"{what}. Use smaller tiles, more or larger images, or accept less distance (labels resemble each other up to {reach} px):" + _trade_off(scenes, tile_size, block, dead, shares, seed, candidates))
     return _finish(ground, best[0], names, tile_size, stride, dict(dead_zone_px=dead, label_range_px=reach, block_size_px=block, tile_size_px=tile_size, seed=seed, cal_is_val="cal" not in names, reason=reason)).check()
 
-# %% ../../nbs/data/13_splits.ipynb #3e40457c
+# %% ../../nbs/data/13_splits.ipynb #f813d335
 PART_COLOURS = dict(train="#56B4E9", val="#E69F00", cal="#009E73", test="#CC79A7") # Okabe and Ito: told apart by colour-blind eyes
 
 def plot_split(
@@ -508,8 +505,8 @@ def plot_split(
             b, w = (table[(table.scene == scene.id) & (table.part == part)] for table in (split.blocks, split.tiles))
             ax.add_collection(PolyCollection(boxes(b[["col0", "row0", "col1", "row1"]].to_numpy(), dx, dy), facecolor=PART_COLOURS[part], edgecolor="none", alpha=.75))
             ax.add_collection(PolyCollection(boxes(np.c_[w.col, w.row, w.col + w.width, w.row + w.height], dx, dy), facecolor="none", edgecolor="white", linewidth=.4))
-        if scene.labels is not None: u, v = (scene.labels.representative_point().x - t.c)/t.a, (scene.labels.representative_point().y - t.f)/t.e
-        else: u, v = ((w := split.tiles[(split.tiles.scene == scene.id) & (split.tiles.positive > 0)]).col + w.width/2), w.row + w.height/2
+        spots, held = None if scene.labels is None else scene.labels.representative_point(), split.tiles[(split.tiles.scene == scene.id) & (split.tiles.positive > 0)]
+        u, v = ((spots.x - t.c)/t.a, (spots.y - t.f)/t.e) if spots is not None else (held.col + held.width/2, held.row + held.height/2)
         ax.plot(u + dx, v + dy, ".", color="black", markersize=2.5, linestyle="none")
         if len(scenes) > 1: ax.text(dx, dy, scene.id, fontsize=7, va="bottom")
     for part, n in split.certificate["parts"].items(): ax.plot([], [], "s", color=PART_COLOURS[part], label=f"{part}: {n['positive_blocks']} of {n['blocks']}\nblocks positive")
