@@ -6,7 +6,7 @@
 __all__ = ['FitConfig', 'image_logits', 'blocks_of', 'score_dataset', 'EpochBatches', 'save_state', 'load_state', 'FitResult',
            'fit', 'plot_history']
 
-# %% ../../nbs/training/50_fit.ipynb #c4a26918
+# %% ../../nbs/training/50_fit.ipynb #11b0492c
 import hashlib, json, logging, math, random, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..core import (Config, ConfigError, DataError, GeolabError, RunError, atomi
                          progress as progress_bar, seed_everything, to_json)
 from ..evaluation.scores import ScoreHistogram
 
-# %% ../../nbs/training/50_fit.ipynb #c2d279e3
+# %% ../../nbs/training/50_fit.ipynb #a701111c
 class FitConfig(Config):
     "How a network is trained."
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -56,7 +56,7 @@ class FitConfig(Config):
         done = min(epoch/(self.cosine_epochs or self.max_epochs), 1)
         return self.min_lr + (self.learning_rate - self.min_lr)*(1 + math.cos(math.pi*done))/2
 
-# %% ../../nbs/training/50_fit.ipynb #49c68adf
+# %% ../../nbs/training/50_fit.ipynb #a51668d9
 def image_logits(
     network: Callable, # From images (b, c, h, w) to logits (b, 1, h, w) or (b, h, w)
     batch: dict, # Samples put together: `image`, `mask`, `valid`
@@ -68,7 +68,7 @@ def image_logits(
         raise DataError(f"the network gives logits of {tuple(logits.shape[-2:])} pixels for masks of {tuple(batch['mask'].shape[-2:])}; it must keep height and width")
     return logits, batch["mask"], batch["valid"]
 
-# %% ../../nbs/training/50_fit.ipynb #69b8fcd1
+# %% ../../nbs/training/50_fit.ipynb #a3cbddaf
 def _on(batch, device): return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 @contextmanager
@@ -96,7 +96,7 @@ def _count(network, batches, histogram, *, device, bf16, read, loss=None):
             if loss is not None and (n := int(valid.sum())): total, pixels = total + n*float(loss(logits, target, valid=valid)), pixels + n
     return total, pixels
 
-# %% ../../nbs/training/50_fit.ipynb #c1254057
+# %% ../../nbs/training/50_fit.ipynb #19b10573
 def blocks_of(
     dataset: Dataset, # A `TileDataset`, or any data set of samples with `block`; the latter is read through
 ) -> list[str]: # Each block once, sorted
@@ -124,7 +124,7 @@ def score_dataset(
         _count(network, progress_bar(loader, "scoring", disable=not progress), histogram, device=device, bf16=precision == "bf16", read=read)
     return histogram
 
-# %% ../../nbs/training/50_fit.ipynb #d6929e15
+# %% ../../nbs/training/50_fit.ipynb #7bcf0770
 def _seed_of(*parts): return int(np.random.SeedSequence([int(p) % 2**32 for p in parts]).generate_state(1)[0])
 
 @dataclass
@@ -154,7 +154,7 @@ class _Order:
     def __len__(self): return len(self.batches())
     def __iter__(self): return iter(self.batches())
 
-# %% ../../nbs/training/50_fit.ipynb #1af429e5
+# %% ../../nbs/training/50_fit.ipynb #fda58563
 class _Told(Dataset):
     "A data set that is asked for `(epoch, index)`."
     def __init__(self, dataset): self.dataset, self.epoch = dataset, None
@@ -172,7 +172,7 @@ def _end_workers(loader):
     "End the workers of a loader now: the garbage collector would wait ten seconds for them."
     if hasattr(iterator := getattr(loader, "_iterator", None), "_shutdown_workers"): iterator._shutdown_workers()
 
-# %% ../../nbs/training/50_fit.ipynb #7c10df10
+# %% ../../nbs/training/50_fit.ipynb #380c0c1f
 class EpochBatches:
     "Batches of a data set, epoch after epoch; what an epoch holds follows from `seed` and `order.epoch`."
     def __init__(self,
@@ -194,7 +194,7 @@ class EpochBatches:
     def __iter__(self) -> Iterator[dict]: yield from self.loader  # a generator: nothing is loaded before the first batch is asked for
     def close(self) -> None: _end_workers(self.loader)
 
-# %% ../../nbs/training/50_fit.ipynb #5ce4a7d5
+# %% ../../nbs/training/50_fit.ipynb #3c3ecb4d
 def _feed(digest, value):
     "Put a nested value into a hash, types and order included."
     if isinstance(value, Tensor):
@@ -221,7 +221,7 @@ def _writing(path):
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunError(f"could not write {path}: {error}; what stood there before is intact. Make room and call again, it continues") from error
 
-# %% ../../nbs/training/50_fit.ipynb #4f007223
+# %% ../../nbs/training/50_fit.ipynb #22e190b1
 def save_state(
     path: Path|str, # Final name
     state: dict, # Tensors, numbers, texts, lists and dicts of them
@@ -242,7 +242,7 @@ def load_state(
     if not whole: raise RunError(f"{path} was altered after it was written (its checksum differs); delete it to start the training anew")
     return state
 
-# %% ../../nbs/training/50_fit.ipynb #26ceef7b
+# %% ../../nbs/training/50_fit.ipynb #08ebe96c
 def _differences(old, new, name=""):
     "`learning_rate: 0.1 there, 0.2 now`, ..."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -294,7 +294,7 @@ class _Journal:
         network.load_state_dict(weights)
         network.eval()
 
-# %% ../../nbs/training/50_fit.ipynb #58e23159
+# %% ../../nbs/training/50_fit.ipynb #30c1a78a
 @contextmanager
 def _alone():
     "Run Lightning without its remarks, and put random generators, loggers, warnings and Ctrl-C back afterwards."
@@ -315,7 +315,7 @@ def _alone():
         if cuda: torch.cuda.set_rng_state_all(cuda)
         if main: signal.signal(signal.SIGINT, ctrl_c)
 
-# %% ../../nbs/training/50_fit.ipynb #720a9911
+# %% ../../nbs/training/50_fit.ipynb #64af9339
 def _refuse(f, what, batch, where):
     "The error that names the tiles of a batch."
     best = f.journal.state["best_epoch"]
@@ -339,7 +339,7 @@ def _validate(f, module):
     losses = dict(train_loss=sums[2]/sums[3], val_loss=sums[0]/sums[1] if sums[1] else None)
     return {k: None if v is None or not math.isfinite(v) else float(v) for k, v in (losses | dict(f.val_metrics(histogram))).items()}
 
-# %% ../../nbs/training/50_fit.ipynb #14559ece
+# %% ../../nbs/training/50_fit.ipynb #65e83f52
 def _module(pl, f):
     "The LightningModule of a training."
     c, journal, order = f.config, f.journal, f.batches.order
@@ -361,7 +361,7 @@ def _module(pl, f):
             if not journal.last.exists() and self.trainer.is_global_zero: journal.write(self.network, self.optimizer)
 
         def on_train_epoch_start(self):
-            epoch = order.epoch = journal.state["epoch"]
+            epoch = journal.state["epoch"]
             self.begin, self.losses = time.perf_counter(), []
             for group in self.optimizer.param_groups: group["lr"] = c.lr(epoch)
             seed_everything(_seed_of(f.seed, epoch, self.global_rank))
@@ -379,6 +379,7 @@ def _module(pl, f):
             row = dict(epoch=journal.state["epoch"] + 1, **_validate(f, self), lr=c.lr(journal.state["epoch"]))
             row["seconds"] = round(time.perf_counter() - self.begin, 3)
             journal.close(row, self.network, self.optimizer, writer=self.trainer.is_global_zero)
+            order.epoch = journal.state["epoch"]  # Lightning asks for the length of the next epoch before it starts it
             self.trainer.strategy.barrier()
             self.trainer.should_stop = journal.state["stopped"] is not None
             f.bar.set_postfix_str(_line(row, journal), refresh=False)
@@ -391,7 +392,7 @@ def _line(row, journal):
     shown = [f"loss {row['train_loss']:.4f}"] + ([f"{metric} {row[metric]:.4f}"] if row[metric] is not None else [])
     return " ".join(shown + ([f"best {s['best_metric']:.4f} in epoch {s['best_epoch']}"] if s["best_epoch"] else []))
 
-# %% ../../nbs/training/50_fit.ipynb #e338bd2c
+# %% ../../nbs/training/50_fit.ipynb #e273c136
 def _as_stored(key): return None if key is None else json.loads(to_json(key))
 
 def _train(f, trainer_kwargs):
@@ -408,7 +409,7 @@ def _train(f, trainer_kwargs):
             if trainer.interrupted: raise KeyboardInterrupt from None  # Lightning exits Python on Ctrl-C
             raise
 
-# %% ../../nbs/training/50_fit.ipynb #5f8cdb87
+# %% ../../nbs/training/50_fit.ipynb #a9ad5680
 def _check_metric(config, blocks, val_metrics):
     "Raise `ConfigError` unless the early stopping metric will be there."
     probe = ScoreHistogram(blocks)
@@ -419,7 +420,7 @@ def _check_metric(config, blocks, val_metrics):
         close = nearest(config.early_stopping_metric, names)
         raise ConfigError(f"early_stopping_metric `{config.early_stopping_metric}` is not computed; there are {', '.join(names)}" + (f"; did you mean `{close[0]}`?" if close else ""))
 
-# %% ../../nbs/training/50_fit.ipynb #226b7cbf
+# %% ../../nbs/training/50_fit.ipynb #0fc2d432
 @dataclass(frozen=True)
 class FitResult:
     "What came out of a training."
@@ -454,7 +455,7 @@ def fit(
         _check_metric(config, blocks, val_metrics)
         batches = EpochBatches(train, config.batch_size, sampler=sampler, seed=seed, steps=config.steps_per_epoch, workers=config.workers)
         bf16 = config.precision == "bf16" or config.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        done = journal.state["epoch"]
+        done = batches.order.epoch = journal.state["epoch"]
         with progress_bar(total=config.max_epochs*len(batches), initial=done*len(batches), unit="step", disable=not progress) as bar:
             f = SimpleNamespace(network=network, loss=loss, batches=batches, val=val, val_loader=None, blocks=blocks, val_metrics=val_metrics, journal=journal,
                                 config=config, seed=seed, read=read, on_epoch=on_epoch, bf16=bf16, bar=bar)
@@ -464,7 +465,7 @@ def fit(
     journal.load_best(network)
     return FitResult(*(journal.state[name] for name in ("history", "best_epoch", "best_metric", "stopped")))
 
-# %% ../../nbs/training/50_fit.ipynb #cf246537
+# %% ../../nbs/training/50_fit.ipynb #20031cd8
 def plot_history(
     history: list[dict], # Rows of `FitResult.history` or `history.json`
     metric: str|None = None, # Metric on the right axis; `None` draws the losses only
