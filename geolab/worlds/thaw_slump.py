@@ -7,7 +7,7 @@ __all__ = ['BANDS', 'RESOLUTION', 'CHANNEL', 'HEAD', 'KINDS', 'COVERS', 'Ground'
            'place_patches', 'patch_numbers', 'is_kind', 'paint', 'take_image', 'drawn_outline', 'make_scene',
            'make_world']
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #7c494a40
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #77c561f6
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..data.raster import write_geotiff
 from .scenes import (World, blob, clouds, footprint, fractal_field, gradient, hillshade, local_relief, meander, mix_colours, observe, place,
     scene_transforms, write_polygons)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #0503f742
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #7b265230
 BANDS = ("red", "green", "blue", "ndvi", "relief")
 RESOLUTION = 3. # Side of a pixel, in metres
 CHANNEL = 4.5   # Half the width of the river, in pixels
@@ -68,7 +68,7 @@ def make_ground(
     smooth = ndimage.gaussian_filter(elevation, 6)
     return Ground(elevation, river, distance, gradient(smooth, RESOLUTION), local_relief(elevation, 33))
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #66f52cb5
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #8d96a584
 HEAD = .42 # Share of the length that lies upslope of the origin
 
 def scar_outline(
@@ -78,14 +78,14 @@ def scar_outline(
     "A horseshoe with a tongue."
     if not length > 0: raise DataError(f"the length of a scar must be above 0 pixels, got {length}")
     u = (1 - np.cos(np.linspace(0, np.pi, 40)))/2  # from headwall to toe, dense at both ends
-    bowl, neck, wide, tongue = rng.uniform([.24, .48, .28, .09], [.32, .60, .42, .16])
+    bowl, neck, wide, tongue = rng.uniform([.24, .48, .28, .11], [.32, .60, .42, .18])
     half = np.sqrt(1 - (1 - np.minimum(u/bowl, 1))**2)*(wide + (tongue - wide)*_step((u - bowl)/(neck - bowl)))
     half = half*np.sqrt(np.maximum(1 - (np.maximum(u - .88, 0)/.12)**2, 0))
     bend = rng.normal(0, .12)*u**2
     left, right = (half*rng.uniform(.85, 1.15)*(1 + .08*np.interp(u, np.linspace(0, 1, 9), rng.standard_normal(9))) for _ in range(2))
     return length*np.stack([np.r_[u, u[::-1]] - HEAD, np.r_[bend - left, (bend + right)[::-1]]], 1)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #c67ad23f
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #7c8f63d0
 KINDS = ("scar", "lobe", "slope", "flat", "top", "bank", "bar")
 
 class Patch(NamedTuple):
@@ -104,7 +104,7 @@ def _lengths(area, share, rng, *, median=23., spread=.36, least=0, longest=55.):
     found = np.array(found)
     return np.clip(found*math.sqrt(area/max(share*np.sum(found**2), 1e-9)), 9., longest) if least else found
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #17791b0f
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #53e452f1
 def _bars(river, rng, size):
     "Crescents along the inner side of each bend."
     along = np.gradient(ndimage.gaussian_filter1d(river, 4, axis=0), axis=0)
@@ -128,7 +128,7 @@ def _lake(row, col, radius, rng):
     bank = np.clip(rng.uniform(-2, 4) + rng.uniform(2, 6)*np.cos(angle - rng.uniform(0, 7)) + 1.5*np.cos(3*angle - rng.uniform(0, 7)), -1, 10)
     return [Patch(kind, outline + [row, col], row, col, 0., 2*radius) for kind, outline in (("bank", shore*(1 + bank/way)[:, None]), ("lake", shore))]
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #061424b4
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #1a42be98
 def place_patches(
     ground: Ground, # Where
     prevalence: float, # Share of the pixels that scars cover
@@ -160,15 +160,15 @@ def place_patches(
         return [Patch(kind, spot + blob(.36*length, rng, roughness=rng.uniform(.1, .35), elongation=rng.uniform(1, 2.2)), *spot, 0., length)]
 
     area = prevalence*size**2
-    wanted = _lengths(area, .37, rng, least=2)
+    wanted = -np.sort(-_lengths(area, .41, rng, least=2))  # large ones first, while there is room
     got = stand("scar", slope, wanted, .6, horseshoe)
     if got < .7*len(wanted): raise DataError(f"room for only {got} of {len(wanted)} scars on the slopes of a scene; take a larger size or a lower prevalence than {prevalence}")
     stand("lake", flat, _lengths(.035*size**2, np.pi, rng, median=24., spread=.6, longest=70.), 1.35, lambda kind, spot, radius: _lake(*spot, radius, rng))
-    for kind, weight, share, draw in (("lobe", slope, .12, horseshoe), ("slope", slope, .7, roundish), ("flat", flat, 2., roundish), ("top", top, 2., roundish)):
+    for kind, weight, share, draw in (("lobe", slope, .12, horseshoe), ("slope", slope, .6, roundish), ("flat", flat, 2., roundish), ("top", top, 2., roundish)):
         stand(kind, weight, _lengths(share*area, .41, rng), .55, draw)
     return _bars(ground.river, rng, size) + patches
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #e17138c8
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #38976b26
 def patch_numbers(
     patches: list[Patch], # Those later in the list cover those before
     river: Float[np.ndarray, "n 2"], # Middle line of the river
@@ -188,7 +188,7 @@ def is_kind(
     "Pixels covered by patches of these kinds."
     return np.isin(["", *(p.kind for p in patches), "river"], kinds)[numbers]
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #11b9840b
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #91528d92
 COVERS = dict( # reflectance of red, green, blue, near infrared
     tussock=(.085, .085, .050, .300), shrub=(.042, .066, .034, .380), dry=(.130, .118, .078, .290),
     mud=(.165, .140, .110, .230), gravel=(.190, .178, .155, .230), water=(.025, .038, .045, .018))
@@ -197,7 +197,7 @@ def _bare_colours(n, rng):
     "Reflectance (n, 4) and share of bare ground (n,) of n patches; one in five is faint."
     mud, gravel = np.array(COVERS["mud"]), np.array(COVERS["gravel"])
     colour = (mud + rng.uniform(size=(n, 1))*(gravel - mud))*np.exp(rng.normal(0, .16, (n, 1)) + rng.normal(0, .03, (n, 4)))
-    return colour, np.where(rng.uniform(size=n) < .2, rng.uniform(.35, .6, n), rng.uniform(.7, 1, n))
+    return colour, np.where(rng.uniform(size=n) < .2, rng.uniform(.4, .65, n), rng.uniform(.7, 1, n))
 
 def _tundra(ground, texture, rng):
     "Reflectance of a landscape on which plants grow everywhere."
@@ -206,7 +206,7 @@ def _tundra(ground, texture, rng):
     dry = np.clip(.15 - .3*wet + .04*ground.relief, 0, 1)*(1 - shrub)
     return mix_colours([COVERS[name] for name in ("tussock", "shrub", "dry")], np.stack([1 - shrub - dry, shrub, dry]))
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #568d47e2
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #3faae87c
 def _walls(patches, numbers, rng):
     "Change of the ground in metres, and darkness from 0 to 1, of the headwalls of scars and the fronts of lobes."
     metres, darkness = np.zeros(numbers.shape, np.float32), np.zeros(numbers.shape, np.float32)
@@ -240,7 +240,7 @@ def paint(
     image[:, is_kind(numbers, patches, "lake", "river")] = np.array(COVERS["water"])[:, None]
     return image
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #bff2745c
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #cbcff162
 def take_image(
     reflectance: Float[np.ndarray, "4 h w"], # Of `paint`
     relief: Float[np.ndarray, "h w"], # Local relief, in metres
@@ -259,12 +259,12 @@ def take_image(
     stored = np.stack([*image[:3]*10_000, ((nir - red)/(nir + red) + 1)*10_000, (relief + 100)*100])
     return (np.clip(np.rint(stored/10), 1, 6553)*10).astype(np.uint16)*valid, valid
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #89ec7906
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #55650173
 def drawn_outline(
     outline: Float[np.ndarray, "n 2"], # In pixels
     rng: Generator, # Source of randomness
     *,
-    wobble: float = .7, # Deviation of the drawn line from the true one, in pixels
+    wobble: float = .5, # Deviation of the drawn line from the true one, in pixels
 ) -> shapely.Polygon: # In (column, row)
     "An outline as somebody would draw it."
     aside = outline - np.roll(outline, 2, 0)
@@ -273,7 +273,7 @@ def drawn_outline(
     drawn = shapely.Polygon((outline + wobble*error[:, None]/error.std()*normal)[:, ::-1])
     return max(shapely.get_parts(shapely.make_valid(drawn)), key=lambda part: part.area if part.geom_type == "Polygon" else 0)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #0fe8b8e0
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #6f1a77c8
 def make_scene(
     size: int, # Side, in pixels
     prevalence: float, # Share of the pixels that scars cover
@@ -292,7 +292,7 @@ _UNITS = dict(red="value/10000", green="value/10000", blue="value/10000", ndvi="
 
 def _check(out, scenes, size, prevalence, cloud_cover):
     if scenes < 1: raise DataError(f"a world needs at least one scene, got {scenes}")
-    if size < 192: raise DataError(f"a scene of {size} pixels has no room for slopes, lakes and scars; take at least 192")
+    if size < 256: raise DataError(f"a scene of {size} pixels has no room for slopes, lakes and scars; take at least 256")
     if not 0 < prevalence <= .02: raise DataError(f"the prevalence of scars is a share above 0 and up to 0.02, got {prevalence}")
     if not 0 <= cloud_cover <= .5: raise DataError(f"the cloud cover is a share from 0 to 0.5, got {cloud_cover}")
     if out.exists() and not out.is_dir(): raise DataError(f"{out} is a file; give a folder")
@@ -304,7 +304,7 @@ def make_world(
     *,
     seed: int = 0, # Same seed, same bytes
     scenes: int = 4, # Number of scenes; they share no ground
-    size: int = 1536, # Side of a scene, in pixels of 3 m; at least 192
+    size: int = 1536, # Side of a scene, in pixels of 3 m; at least 256
     prevalence: float = .004, # Share of the pixels that scars cover, up to 0.02; at least two scars a scene
     cloud_cover: float = .012, # Share of each image under clouds
     crs: str = "EPSG:32608", # Of the files: UTM zone 8 north, the Mackenzie country
