@@ -7,7 +7,7 @@ __all__ = ['Calibrator', 'adjust_prior', 'Reliability', 'reliability', 'ece', 'b
            'plot_reliability', 'IsotonicCalibrator', 'fit_isotonic', 'BetaCalibrator', 'fit_beta', 'SoftmaxCalibrator',
            'fit_softmax']
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #8d376801
+# %% ../../nbs/evaluation/43_calibration.ipynb #20c8807c
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from .metrics import stratum_weight
 from .scores import ScoreHistogram
 from ..nn.losses import focal_inverse
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #8d40f1a8
+# %% ../../nbs/evaluation/43_calibration.ipynb #8187f4ca
 @dataclass(frozen=True)
 class Calibrator:
     "Logits to calibrated logits: undo the focal loss, divide by the temperature, add the bias."
@@ -59,7 +59,7 @@ class Calibrator:
     @property
     def hash(self) -> str: return content_hash(self.to_dict())
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #46ea06bb
+# %% ../../nbs/evaluation/43_calibration.ipynb #18ea337d
 def adjust_prior(
     z, # Logits that are calibrated at `prevalence_from`
     prevalence_from: float, # Share of positives where they were calibrated, between 0 and 1
@@ -70,7 +70,7 @@ def adjust_prior(
         if not 0 < p < 1: raise DataError(f"a prevalence must lie between 0 and 1, got {p}; a ratio 1:500 is Ratio.parse('1:500').prevalence")
     return z + np.log(prevalence_to/(1 - prevalence_to)).item() - np.log(prevalence_from/(1 - prevalence_from)).item()
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #565b3c1e
+# %% ../../nbs/evaluation/43_calibration.ipynb #f8909f01
 def _binary(hist, ratio, unit):
     "Occupied bins: logit, weight of the negatives and of the positives."
     weight = stratum_weight(hist, ratio, unit)
@@ -80,7 +80,7 @@ def _binary(hist, ratio, unit):
     keep = (pos + neg) > 0
     return hist.centers[keep], neg[keep], pos[keep]
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #325c132f
+# %% ../../nbs/evaluation/43_calibration.ipynb #15e87eda
 @dataclass(frozen=True)
 class Reliability:
     "Mean probability and share of positives by bin of probability; empty bins are left out."
@@ -151,7 +151,7 @@ def log_loss(
     p = np.clip((calibrator or Calibrator()).probability(z), 1e-15, 1 - 1e-15)
     return float(-(neg*np.log1p(-p) + pos*np.log(p)).sum()/(neg + pos).sum())
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #494c82a4
+# %% ../../nbs/evaluation/43_calibration.ipynb #786cf165
 def _newton(features, weights, start):
     "Minimise the weighted negative log-likelihood of softmax(features @ theta): features (n, k, d), weights (n, k)."
     theta, total = np.asarray(start, float), weights.sum()
@@ -177,13 +177,14 @@ def _newton(features, weights, start):
         theta, value, p = theta - size*step, new_value, new_p
     return theta, value
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #3e122475
+# %% ../../nbs/evaluation/43_calibration.ipynb #1886e848
 def _both_classes(hist, ratio=None, unit="tile"):
     z, neg, pos = _binary(hist, ratio, unit)
-    if not pos.sum() or not neg.sum(): raise DataError(f"a calibration set must hold both classes, got {pos.sum():g} positives and {neg.sum():g} negatives; choose blocks with both")
+    if not pos.sum() or not neg.sum():
+        raise DataError(f"a calibration set must hold both classes, got {pos.sum():g} positives and {neg.sum():g} negatives; choose blocks with both")
     return z, neg, pos
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #833d15a7
+# %% ../../nbs/evaluation/43_calibration.ipynb #2f27787f
 def fit_temperature(
     hist: ScoreHistogram, # Counted logits of a part that trained nothing
     *,
@@ -198,11 +199,13 @@ def fit_temperature(
     features = np.zeros((len(z), 2, 1 + bias))
     features[:, 1, 0], features[:, 1, 1:] = z, 1
     theta, _ = _newton(features, np.stack([neg, pos], 1), [1., 0.][:1 + bias])
-    if theta[0] <= 1e-6: raise DataError("no temperature above 0 fits: " + ("the scores rank negatives above positives" if bias else "fit a bias as well, the logits lie on the wrong side of 0"))
+    if theta[0] <= 1e-6:
+        why = "the scores rank negatives above positives" if bias else "fit a bias as well, the logits lie on the wrong side of 0"
+        raise DataError(f"no temperature above 0 fits: {why}")
     if theta[0] > 1e3: raise DataError("the scores separate the classes perfectly, so the temperature would be 0; calibrate on more blocks")
     return Calibrator(float(1/theta[0]), float(theta[1]) if bias else 0., float(pos.sum()/(pos.sum() + neg.sum())), focal)
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #db5bc5ae
+# %% ../../nbs/evaluation/43_calibration.ipynb #bcdbbf71
 def plot_reliability(
     before: Reliability, # Of the raw logits
     after: Reliability|None = None, # Of the calibrated ones
@@ -219,7 +222,7 @@ def plot_reliability(
     ax.legend(fontsize=7, frameon=False)
     return ax
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #07ae1d97
+# %% ../../nbs/evaluation/43_calibration.ipynb #3d3612e1
 @dataclass(frozen=True)
 class IsotonicCalibrator:
     "Probabilities from a rising step function of the logit."
@@ -253,7 +256,7 @@ def fit_beta(
     features[:, 1] = np.stack([-np.logaddexp(0, -z), np.logaddexp(0, z), np.ones_like(z)], 1)
     return BetaCalibrator(*map(float, _newton(features, np.stack([neg, pos], 1), [1., 1., 0.])[0]))
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #13b377a6
+# %% ../../nbs/evaluation/43_calibration.ipynb #e5ca5453
 @dataclass(frozen=True)
 class SoftmaxCalibrator:
     "Logits of several classes to calibrated logits: one temperature, one bias per class."
@@ -283,10 +286,12 @@ def fit_softmax(
 ) -> SoftmaxCalibrator:
     "Temperature, and biases, of least negative log-likelihood."
     logits, target = np.asarray(logits, np.float64), np.asarray(target)
-    if logits.ndim != 2 or logits.shape[1] < 2: raise DataError(f"softmax needs logits of shape (n, classes) with 2 classes or more, got {logits.shape}; one channel is calibrated by `fit_temperature`")
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise DataError(f"softmax needs logits of shape (n, classes) with 2 classes or more, got {logits.shape}; `fit_temperature` is for one channel")
     if not np.isfinite(logits).all(): raise DataError("logits hold NaN or infinity; leave such rows out")
     n, k = logits.shape
-    if target.shape != (n,) or set(np.unique(target)) != set(range(k)): raise DataError(f"`target` must hold every class from 0 to {k - 1}, got {np.unique(target).tolist()} in shape {target.shape}")
+    if target.shape != (n,) or set(np.unique(target)) != set(range(k)):
+        raise DataError(f"`target` must hold every class from 0 to {k - 1}, got {np.unique(target).tolist()} in shape {target.shape}")
     features = np.zeros((n, k, k if bias else 1))
     features[..., 0] = logits
     for j in range(1, k*bias): features[:, j, j] = 1

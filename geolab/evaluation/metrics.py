@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Weight', 'stratum_weight', 'PRCurve', 'pr_curve', 'average_precision', 'f_beta', 'metrics_at', 'OperatingPoint',
            'recall_at_precision', 'precision_at_recall', 'roc_curve', 'bootstrap_interval', 'summary',
-           'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'plot_pr']
+           'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at', 'plot_pr']
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #56d4fb9f
+# %% ../../nbs/evaluation/41_metrics.ipynb #840da411
 from dataclasses import dataclass
 from typing import Literal, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import norm, t as student_t
 
 from ..core import DataError, Ratio
 from .scores import ConfusionCounts, ScoreHistogram
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #b4ffe09a
+# %% ../../nbs/evaluation/41_metrics.ipynb #482d6be7
 class Weight(NamedTuple):
     "What one count in an empty tile stands for."
     value: float|None # `None` if it cannot be said
@@ -36,10 +37,12 @@ def stratum_weight(
     if not positive: return Weight(None, "no positives in these blocks")
     if t0 < 20: return Weight(None, f"only {t0} empty tiles; 20 are needed to speak about another ratio")
     if unit == "tile": return Weight(r*t1/t0)
-    if r*positive <= n1: raise DataError(f"the ratio {ratio} of pixels is above that inside the tiles with positives (1:{n1/positive:.3g}); state a lower prevalence, or give the ratio in tiles")
+    if r*positive <= n1:
+        raise DataError(f"the ratio {ratio} of pixels is above that inside the tiles with positives, 1:{n1/positive:.3g}; "
+                        "state a lower prevalence, or give the ratio in tiles")
     return Weight((r*positive - n1)/n0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #75640d07
+# %% ../../nbs/evaluation/41_metrics.ipynb #95cae811
 @dataclass(frozen=True)
 class PRCurve:
     "Precision and recall at every threshold that some score distinguishes, from lenient to strict."
@@ -89,7 +92,7 @@ def average_precision(
     missed = 1 - curve.recall[0] if len(curve.recall) else 1.  # positives in the underflow bin: reached by flagging all
     return float(-np.sum(np.diff(curve.recall, append=0)*curve.precision) + missed*curve.positive_fraction)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #94b63888
+# %% ../../nbs/evaluation/41_metrics.ipynb #404ffaab
 def f_beta(
     precision: float, # From 0 to 1
     recall: float, # From 0 to 1
@@ -115,13 +118,14 @@ def metrics_at(
     out |= dict(logit=float(hist.edges[k]), recall=_ratio(tp, positive), tp=tp, fn=positive - tp, weight=weight.value)
     if weight.value is None: return {**out, "reason": weight.reason}
     fp, total = fp1 + weight.value*fp0, positive + n1 + weight.value*n0
-    out |= dict(precision=_ratio(tp, tp + fp), iou=_ratio(tp, positive + fp), fp=fp, positive_fraction=_ratio(positive, total), accuracy=_ratio(total - fp - positive + tp, total))
+    out |= dict(precision=_ratio(tp, tp + fp), iou=_ratio(tp, positive + fp), fp=fp)
+    out |= dict(accuracy=_ratio(total - fp - positive + tp, total), positive_fraction=_ratio(positive, total))
     if not positive: out["reason"] = "no positives in these blocks"
     elif not tp + fp: out["reason"] = "nothing is flagged at this threshold"
     else: out |= {"f0.5": f_beta(out["precision"], out["recall"]), "f1": f_beta(out["precision"], out["recall"], 1)}
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #c73ff2c7
+# %% ../../nbs/evaluation/41_metrics.ipynb #412b01af
 class OperatingPoint(NamedTuple):
     "A threshold on the curve, or why there is none."
     logit: float|None
@@ -159,7 +163,7 @@ def precision_at_recall(
     "The threshold with the largest precision among those that reach a recall."
     return _point(pr_curve(hist, ratio, unit), "recall", recall, "precision")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #32729642
+# %% ../../nbs/evaluation/41_metrics.ipynb #a1a52c3f
 def roc_curve(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; changes the mixture of near and far negatives
@@ -173,7 +177,7 @@ def roc_curve(
     fpr, tpr = (np.concatenate([[0.], x[::-1]/x_all, [1.]]) for x, x_all in ((fp, n1 + weight*n0), (tp, positive)))
     return fpr, tpr, float(np.trapezoid(tpr, fpr))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #86c8e1bb
+# %% ../../nbs/evaluation/41_metrics.ipynb #ef4fb96d
 def _resampled(hist, ratio, unit, replicates, seed, chunk=50):
     "Yield (flagged positives, weighted flagged negatives, positives, all) per bootstrap replicate and distinguishing edge, and the kept edges."
     keep = np.flatnonzero(hist.counts.any((0, 1))[1:])
@@ -200,7 +204,7 @@ def _pr_band(hist, ratio, unit, confidence, replicates, seed):
     ok = np.isfinite(found).all(0)
     return grid[ok], *np.quantile(found[:, ok], [tail, 1 - tail], axis=0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #07107fb3
+# %% ../../nbs/evaluation/41_metrics.ipynb #8b5fb695
 def bootstrap_interval(
     hist: ScoreHistogram, # Counted logits
     logit: float|None = None, # Threshold of precision, recall, IoU and F0.5; `None` leaves them out
@@ -233,7 +237,7 @@ def bootstrap_interval(
         if np.isfinite(column).any(): out[name] = np.nanquantile(column, [tail, 1 - tail]).tolist()
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #2eca6037
+# %% ../../nbs/evaluation/41_metrics.ipynb #8f323652
 def summary(
     hist: ScoreHistogram, # Counted logits, of the test part for instance
     logit: float|None, # Threshold; `None` leaves the metrics that need one at `None`
@@ -246,7 +250,8 @@ def summary(
         at, curve = metrics_at(hist, logit, ratio, unit), pr_curve(hist, ratio, unit)
         out = dict(average_precision=average_precision(hist, ratio, unit), positive_fraction=curve.positive_fraction)
         out |= {k: at[k] for k in ("precision", "recall", "iou", "f0.5", "f1", "accuracy", "tp", "fp", "fn", "logit")}
-        return out | dict(weight=curve.weight, reason=curve.reason or at["reason"], interval=bootstrap_interval(hist, logit, ratio, unit, confidence=confidence))
+        interval = bootstrap_interval(hist, logit, ratio, unit, confidence=confidence)
+        return out | dict(weight=curve.weight, reason=curve.reason or at["reason"], interval=interval)
     thresholds = ratios if isinstance(ratios, Mapping) else dict.fromkeys(ratios, logit)
     return one(logit, None) | dict(n_blocks=len(hist.blocks), unit=unit, roc_auc=roc_curve(hist)[2],
         at_ratio={str(Ratio.parse(ratio)): one(value, ratio) for ratio, value in thresholds.items()})
@@ -256,12 +261,12 @@ def trivial_baselines(
 ) -> dict: # accuracy, precision, recall, iou, average_precision of three rules that look at nothing
     "What saying always no, always yes, or anything at random reaches."
     positive, n1, n0 = hist.counts.sum((0, 2)).tolist()
-    share = _ratio(positive, positive + n1 + n0)
-    found = None if not positive else 1.
-    return dict(positive_fraction=share, always_negative=dict(accuracy=None if share is None else 1 - share, precision=None, recall=None if not positive else 0., iou=None if not positive else 0.),
-        always_positive=dict(accuracy=share, precision=share, recall=found, iou=share), chance=dict(average_precision=share if positive else None))
+    share, none, all_ = _ratio(positive, positive + n1 + n0), 0. if positive else None, 1. if positive else None
+    return dict(positive_fraction=share, chance=dict(average_precision=share if positive else None),
+        always_negative=dict(accuracy=None if share is None else 1 - share, precision=None, recall=none, iou=none),
+        always_positive=dict(accuracy=share, precision=share, recall=all_, iou=share))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #6fd83fe8
+# %% ../../nbs/evaluation/41_metrics.ipynb #53b14e39
 def class_metrics(
     counts: ConfusionCounts, # True by predicted class
 ) -> dict: # accuracy, and by class precision, recall, f1, support; `None` where nothing was predicted or nothing is there
@@ -269,8 +274,9 @@ def class_metrics(
     c = counts.counts.sum(0)
     rows = {}
     for i, name in enumerate(counts.classes):
-        precision, recall = _ratio(c[i, i].item(), c[:, i].sum().item()), _ratio(c[i, i].item(), c[i].sum().item())
-        rows[name] = dict(precision=precision, recall=recall, f1=None if precision is None or recall is None else f_beta(precision, recall, 1), support=c[i].sum().item())
+        hit, predicted, support = c[i, i].item(), c[:, i].sum().item(), c[i].sum().item()
+        precision, recall = _ratio(hit, predicted), _ratio(hit, support)
+        rows[name] = dict(precision=precision, recall=recall, f1=None if None in (precision, recall) else f_beta(precision, recall, 1), support=support)
     return dict(accuracy=_ratio(np.trace(c).item(), c.sum().item()), classes=rows)
 
 def kappa(
@@ -294,7 +300,45 @@ def spearman(
     spread = [(n*r*r).sum() for n, r in zip((c.sum(1), c.sum(0)), rank)]
     return float(rank[0]@c@rank[1]/np.sqrt(spread[0]*spread[1])) if min(spread) > 0 else None
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #c9bfbaca
+# %% ../../nbs/evaluation/41_metrics.ipynb #f6de515f
+def class_area(
+    counts: ConfusionCounts, # Reference sample: true by mapped class
+    mapped: Mapping[str, float], # Area of each mapped class, in any unit: pixels, hectares
+    confidence: float = .95, # Of the interval
+    *,
+    sampled: Literal["block", "pixel"] = "block", # What was drawn at random
+) -> dict[str, dict]: # By class: area, low, high in the unit of `mapped`; and the mapped area
+    "Unbiased area of each class."
+    c = counts.counts.transpose(2, 0, 1).astype(float)  # (mapped, block, true)
+    area = np.array([float(mapped.get(name, np.nan)) for name in counts.classes])
+    if not np.isfinite(area).all() or (area < 0).any() or set(mapped) - set(counts.classes):
+        raise DataError(f"`mapped` must give an area of 0 or more for each of {', '.join(counts.classes)}, got {dict(mapped)}")
+    if not 0 < confidence < 1: raise DataError(f"`confidence` must lie between 0 and 1, got {confidence}")
+    n, b = c.sum((1, 2)), len(counts.blocks)
+    if (bare := np.flatnonzero((n < 2) & (area > 0))).size:
+        raise DataError(f"the sample holds no two pixels mapped as {counts.classes[bare[0]]}; sample where the map shows that class")
+    share, n = area/area.sum(), np.maximum(n, 1)
+    p = c.sum(1)/n[:, None]  # of mapped class i, the part that is truly j
+    if sampled == "pixel": error = np.sqrt((share[:, None]**2*p*(1 - p)/np.maximum(n - 1, 1)[:, None]).sum(0))
+    elif b < 2: raise DataError("blocks were sampled, but there is one block; an interval needs two or more")
+    else: error = np.sqrt(((share[:, None, None]*(c - p[:, None]*c.sum(2, keepdims=True))/n[:, None, None]).sum(0)**2).sum(0)*b/(b - 1))
+    z = norm.ppf((1 + confidence)/2) if sampled == "pixel" else student_t.ppf((1 + confidence)/2, b - 1)
+    estimate, error = share@p*area.sum(), z*error*area.sum()
+    rows = zip(counts.classes, estimate.tolist(), error.tolist(), area.tolist())
+    return {name: dict(area=a, low=max(a - e, 0.), high=a + e, mapped=m) for name, a, e, m in rows}
+
+def confusion_at(
+    hist: ScoreHistogram, # Counted logits
+    logit: float, # Threshold
+) -> ConfusionCounts: # Classes "background" and "positive"
+    "Two-class counts at a threshold."
+    counts, flagged = ConfusionCounts(hist.blocks, ["background", "positive"]), hist.flagged()[..., hist.index_of(logit)]
+    total = hist.counts.sum(2)
+    tp, fp, pos, neg = flagged[:, 0], flagged[:, 1:].sum(1), total[:, 0], total[:, 1:].sum(1)
+    counts.counts[:] = np.stack([neg - fp, fp, pos - tp, tp], 1).reshape(-1, 2, 2)
+    return counts
+
+# %% ../../nbs/evaluation/41_metrics.ipynb #a41e0b02
 def plot_pr(
     curves: dict[str, PRCurve], # By label, e.g. `{"1:500": pr_curve(hist, "1:500", band=.95)}`
     thresholds: dict[str, float|None]|None = None, # Logits to mark, by the same labels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreHistogram', 'save_scores', 'load_scores', 'exact_scores', 'ConfusionCounts']
 
-# %% ../../nbs/evaluation/40_scores.ipynb #84a00b4b
+# %% ../../nbs/evaluation/40_scores.ipynb #c8841698
 import warnings
 from pathlib import Path
 from typing import Any, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import DataError, RunError, atomic_file, nearest
 
-# %% ../../nbs/evaluation/40_scores.ipynb #926c4e21
+# %% ../../nbs/evaluation/40_scores.ipynb #03621f65
 class ScoreHistogram:
     "int64 counts of logits by block, stratum and bin."
     def __init__(self,
@@ -31,17 +31,20 @@ class ScoreHistogram:
         edges: Float[np.ndarray, " edge"]|None = None, # Increasing edges instead of uniform ones; see `exact_scores`
     ):
         self.blocks = tuple(map(str, blocks))
-        if not self.blocks or len(set(self.blocks)) < len(self.blocks): raise DataError(f"`blocks` must be ids, each once, at least one; got {len(self.blocks)} with {len(set(self.blocks))} distinct")
+        if not self.blocks or len(set(self.blocks)) < len(self.blocks):
+            raise DataError(f"`blocks` must be ids, each once, at least one; got {len(self.blocks)} with {len(set(self.blocks))} distinct")
         self.exact = edges is not None
         if self.exact:
             self.edges, self.width = np.asarray(edges, np.float64), None
             if self.edges.ndim != 1 or not len(self.edges) or not np.isfinite(self.edges).all() or (np.diff(self.edges) <= 0).any():
                 raise DataError("`edges` must be a non-empty, finite, strictly increasing array")
         else:
-            if not (np.isfinite([lo, hi]).all() and lo < hi and bins >= 2): raise DataError(f"bins need lo < hi and at least 2 of them, got lo={lo}, hi={hi}, bins={bins}")
+            if not (np.isfinite([lo, hi]).all() and lo < hi and bins >= 2):
+                raise DataError(f"bins need lo < hi and at least 2 of them, got lo={lo}, hi={hi}, bins={bins}")
             self.width = (hi - lo)/bins
             first = round(lo/self.width)
-            if abs(first - lo/self.width) > 1e-6: raise DataError(f"zero must be a bin edge: with hi={hi} and {bins} bins choose lo={first*self.width:g} or another multiple of the bin width")
+            if abs(first - lo/self.width) > 1e-6:
+                raise DataError(f"zero must be a bin edge: with hi={hi} and {bins} bins choose lo={first*self.width:g} or another multiple of the bin width")
             self.edges = np.arange(first, first + bins + 1)*self.width
         self.counts = np.zeros((len(self.blocks), 3, len(self.edges) + 1), np.int64)
         self.tiles = np.zeros((len(self.blocks), 2), np.int64)
@@ -51,7 +54,7 @@ class ScoreHistogram:
         return (f"ScoreHistogram: {len(self.blocks)} blocks, {n[0]:,} positives, {n[1]:,} negatives beside them, {n[2]:,} negatives in empty tiles; "
                 f"{tiles[0]:,} tiles with positives, {tiles[1]:,} empty; {len(self.edges):,} edges from {self.edges[0]:g} to {self.edges[-1]:g}")
 
-# %% ../../nbs/evaluation/40_scores.ipynb #873e58d0
+# %% ../../nbs/evaluation/40_scores.ipynb #142732fd
 def _rows(x, name, squeeze=True):
     "Tensor of one row per sample; `(b, 1, h, w)` loses its channel axis."
     x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
@@ -64,17 +67,24 @@ def _rows(x, name, squeeze=True):
 def _batch(logits, target, valid):
     "The three arrays as tensors of one shape on one device, or an error that says which does not fit."
     logits, target = _rows(logits, "logits"), _rows(target, "target")
-    if not logits.is_floating_point(): raise DataError(f"logits are expected, floating point numbers from -inf to inf; got {str(logits.dtype).removeprefix('torch.')}")
+    if not logits.is_floating_point():
+        raise DataError(f"logits are expected, floating point numbers from -inf to inf; got {str(logits.dtype).removeprefix('torch.')}")
     valid = None if valid is None else _rows(valid, "valid")
     for name, x in dict(target=target, valid=valid).items():
-        if x is not None and x.shape != logits.shape: raise DataError(f"`{name}` must have the shape of the logits, {tuple(logits.shape)}, got {tuple(x.shape)}")
-    if valid is not None and valid.dtype != torch.bool: raise DataError(f"`valid` must be boolean, True where a pixel counts; got {str(valid.dtype).removeprefix('torch.')}")
+        if x is not None and x.shape != logits.shape:
+            raise DataError(f"`{name}` must have the shape of the logits, {tuple(logits.shape)}, got {tuple(x.shape)}")
+    if valid is not None and valid.dtype != torch.bool:
+        raise DataError(f"`valid` must be boolean, True where a pixel counts; got {str(valid.dtype).removeprefix('torch.')}")
     return logits, target.to(logits.device), None if valid is None else valid.to(logits.device)
 
 def _names(x, n, name):
     names = [str(x)]*n if isinstance(x, str) else [str(v) for v in x]
     if len(names) != n: raise DataError(f"`{name}` must name each of the {n} samples, got {len(names)}")
     return names
+
+def _unknown(name, blocks):
+    close = nearest(name, blocks)
+    return DataError(f"unknown block {name!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"there are {len(blocks)}, such as {blocks[0]!r}"))
 
 def _where(rows, block, ids):
     "`block a (sample 3), ...` for an error message."
@@ -91,7 +101,8 @@ def _checked(z, target, valid, block, ids):
     big = torch.finfo(z.dtype).max
     if valid is not None and not _spans(z, -big, big): z = z.where(valid, z.new_zeros(()))  # what does not count may be anything
     if not _spans(z, -big, big):
-        raise DataError(f"logits hold NaN or infinity in {_where((~z.isfinite()).any(1).nonzero(), block, ids)}; mark such pixels as not valid, or repair the network")
+        wrong = _where((~z.isfinite()).any(1).nonzero(), block, ids)
+        raise DataError(f"logits hold NaN or infinity in {wrong}; mark such pixels as not valid, or repair the network")
     if target.dtype != torch.bool:
         if valid is not None and not _spans(target, 0, 1): target = target.where(valid, target.new_zeros(()))
         if not _spans(target, 0, 1):
@@ -100,7 +111,7 @@ def _checked(z, target, valid, block, ids):
         target = target >= .5 if target.is_floating_point() else target.bool()
     return z, target if valid is None else target & valid
 
-# %% ../../nbs/evaluation/40_scores.ipynb #2ac310d2
+# %% ../../nbs/evaluation/40_scores.ipynb #0b481cd9
 @patch
 def _bin(self: ScoreHistogram, z):
     "Bin number of each logit."
@@ -131,14 +142,15 @@ def _pieces(self: ScoreHistogram, z, target, valid, where, tile_positive, block,
     z, positive = _checked(z, target, valid, block, ids)
     seen = positive.any(1)
     given = seen if tile_positive is None else torch.as_tensor(tile_positive).bool().to(z.device)
-    if (seen & ~given).any(): raise DataError(f"`tile_positive` is False but the pixels hold positives in {_where((seen & ~given).nonzero(), block, ids)}; one of the two is wrong")
+    if (seen & ~given).any():
+        raise DataError(f"`tile_positive` is False but the pixels hold positives in {_where((seen & ~given).nonzero(), block, ids)}; one of the two is wrong")
     any_valid = torch.ones_like(seen) if valid is None else valid.any(1)
     yield "tiles", (2*where + (~given).cpu().numpy())[any_valid.cpu().numpy()], 1
     for j in range(0, z.shape[1], 2**18):
         cols = slice(j, j + 2**18)
         yield "counts", *self._positions(z[:, cols], positive[:, cols], None if valid is None else valid[:, cols], ~given, where)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #8ae0af63
+# %% ../../nbs/evaluation/40_scores.ipynb #5e8b905e
 @patch
 def update(self: ScoreHistogram,
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits, never probabilities; (b,), (b, h, w), (b, 1, h, w) or any (b, ...)
@@ -154,19 +166,20 @@ def update(self: ScoreHistogram,
     b = len(logits)
     block, ids = _names(block, b, "block"), None if ids is None else _names(ids, b, "ids")
     number = {name: i for i, name in enumerate(self.blocks)}
-    if unknown := sorted(set(block) - set(number)):
-        raise DataError(f"unknown block {unknown[0]!r}" + (f"; did you mean {' or '.join(nearest(unknown[0], self.blocks))}?" if nearest(unknown[0], self.blocks) else f"; this histogram has {len(self.blocks)} blocks such as {self.blocks[0]!r}"))
-    if tile_positive is not None and len(tile_positive) != b: raise DataError(f"`tile_positive` must have one entry for each of the {b} samples, got {len(tile_positive)}")
+    if unknown := sorted(set(block) - set(number)): raise _unknown(unknown[0], self.blocks)
+    if tile_positive is not None and len(tile_positive) != b:
+        raise DataError(f"`tile_positive` must have one entry for each of the {b} samples, got {len(tile_positive)}")
     where = np.array([number[name] for name in block], int)
     pixels = logits[0].numel() if b else 0
     step, found = max(1, 2**18//max(pixels, 1)), []
     for i in range(0, b if pixels else 0, step):
         rows = slice(i, i + step)
-        found += self._pieces(*(x if x is None else x[rows].reshape(-1, pixels) for x in (logits, target, valid)), where[rows], None if tile_positive is None else tile_positive[rows], block[rows], ids and ids[rows])
+        z, y, v = (x if x is None else x[rows].reshape(-1, pixels) for x in (logits, target, valid))
+        found += self._pieces(z, y, v, where[rows], None if tile_positive is None else tile_positive[rows], block[rows], ids and ids[rows])
     for name, position, amount in found: np.add.at(getattr(self, name).reshape(-1), position, amount)  # a refused batch leaves no trace
     return self
 
-# %% ../../nbs/evaluation/40_scores.ipynb #13a05457
+# %% ../../nbs/evaluation/40_scores.ipynb #c2d2d13e
 @patch
 def _like(self: ScoreHistogram, blocks):
     return ScoreHistogram(blocks, edges=self.edges) if self.exact else ScoreHistogram(blocks, lo=self.edges[0], hi=self.edges[-1], bins=len(self.edges) - 1)
@@ -180,14 +193,15 @@ def _on(self: ScoreHistogram, edges):
     counts[..., 0] = self.counts[..., 0]
     return counts
 
-# %% ../../nbs/evaluation/40_scores.ipynb #b52990f9
+# %% ../../nbs/evaluation/40_scores.ipynb #f6e20866
 @patch
 def select(self: ScoreHistogram,
     blocks: Sequence[str], # Which blocks to keep, in the new order
 ) -> "ScoreHistogram": # A new one
     "Part of the blocks."
     number = {name: i for i, name in enumerate(self.blocks)}
-    if unknown := [name for name in map(str, blocks) if name not in number]: raise DataError(f"unknown block {unknown[0]!r}; this histogram has {len(self.blocks)} blocks such as {self.blocks[0]!r}")
+    if unknown := [name for name in map(str, blocks) if name not in number]:
+        raise DataError(f"unknown block {unknown[0]!r}; this histogram has {len(self.blocks)} blocks such as {self.blocks[0]!r}")
     new, rows = self._like(blocks), [number[str(name)] for name in blocks]
     new.counts, new.tiles = self.counts[rows], self.tiles[rows]
     return new
@@ -197,7 +211,8 @@ def __add__(self: ScoreHistogram, other: "ScoreHistogram") -> "ScoreHistogram":
     "Counts of both; blocks of either."
     if not isinstance(other, ScoreHistogram): return NotImplemented
     if self.exact != other.exact or not (self.exact or np.array_equal(self.edges, other.edges)):
-        raise DataError(f"histograms with different bins cannot be merged: {len(self.edges)} edges from {self.edges[0]:g} to {self.edges[-1]:g} and {len(other.edges)} from {other.edges[0]:g} to {other.edges[-1]:g}; count both with the same lo, hi and bins")
+        bins = [f"{len(e)} edges from {e[0]:g} to {e[-1]:g}" for e in (self.edges, other.edges)]
+        raise DataError(f"histograms with different bins cannot be merged: {bins[0]}, and {bins[1]}; count both with the same lo, hi and bins")
     blocks = self.blocks + tuple(b for b in other.blocks if b not in set(self.blocks))
     new = ScoreHistogram(blocks, edges=np.union1d(self.edges, other.edges)) if self.exact else self._like(blocks)
     number = {name: i for i, name in enumerate(blocks)}
@@ -214,7 +229,7 @@ def __eq__(self: ScoreHistogram, other) -> bool:
     other = other.select(self.blocks)
     return np.array_equal(self.counts, other.counts) and np.array_equal(self.tiles, other.tiles)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #1c9d611e
+# %% ../../nbs/evaluation/40_scores.ipynb #92783c34
 def save_scores(
     path: Path|str, # Where to write; ends in `.npz`
     parts: dict[str, "ScoreHistogram|ConfusionCounts"], # For example `{"val": ..., "cal": ..., "test": ...}`
@@ -237,7 +252,7 @@ def load_scores(
     except FileNotFoundError: raise RunError(f"{path} is missing") from None
     except Exception as error: raise RunError(f"{path} cannot be read as scores: {error}; count them again") from error
 
-# %% ../../nbs/evaluation/40_scores.ipynb #b5b3e494
+# %% ../../nbs/evaluation/40_scores.ipynb #4cb38e4c
 @patch
 def _arrays(self: ScoreHistogram):
     return dict(kind=np.array("exact" if self.exact else "uniform"), blocks=np.array(self.blocks), edges=self.edges, counts=self.counts, tiles=self.tiles)
@@ -248,11 +263,12 @@ def _from_arrays(a: dict[str, Any]):
     elif str(a["kind"]) == "exact": new = ScoreHistogram(a["blocks"].tolist(), edges=a["edges"])
     else: new = ScoreHistogram(a["blocks"].tolist(), lo=a["edges"][0].item(), hi=a["edges"][-1].item(), bins=len(a["edges"]) - 1)
     for key in ("counts", "tiles") if isinstance(new, ScoreHistogram) else ("counts",):
-        if a[key].shape != getattr(new, key).shape or a[key].dtype != np.int64 or (a[key] < 0).any(): raise ValueError(f"`{key}` does not fit its blocks and bins")
+        if a[key].shape != getattr(new, key).shape or a[key].dtype != np.int64 or (a[key] < 0).any():
+            raise ValueError(f"`{key}` does not fit its blocks and bins")
         setattr(new, key, a[key])
     return new
 
-# %% ../../nbs/evaluation/40_scores.ipynb #bbdc1ab4
+# %% ../../nbs/evaluation/40_scores.ipynb #5d8e64cf
 @patch
 def save(self: ScoreHistogram, path: Path|str) -> Path:
     "Write one histogram; `load` reads it."
@@ -265,13 +281,14 @@ def load(cls: ScoreHistogram, path: Path|str) -> "ScoreHistogram":
     if len(parts) != 1: raise RunError(f"{path} holds {len(parts)} histograms ({', '.join(parts)}); read it with `load_scores`")
     return next(iter(parts.values()))
 
-# %% ../../nbs/evaluation/40_scores.ipynb #4ff94ced
+# %% ../../nbs/evaluation/40_scores.ipynb #1dc8dc92
 @patch
 def flagged(self: ScoreHistogram) -> Int[np.ndarray, "block stratum edge"]: # Counts
     "Logits at or above each edge, by block and stratum."
     over = self.counts[:, 0, -1].sum()
     if not self.exact and over > 1e-3*max(self.counts[:, 0].sum(), 1):
-        warnings.warn(f"{over:,} positives ({over/self.counts[:, 0].sum():.1%}) have logits of {self.edges[-1]:g} or more and cannot be told apart; count again with a higher `hi`", stacklevel=2)
+        share = over/self.counts[:, 0].sum()
+        warnings.warn(f"{over:,} positives ({share:.1%}) lie at {self.edges[-1]:g} or over and cannot be told apart; count again with a higher `hi`", stacklevel=2)
     return np.ascontiguousarray(self.counts[..., :0:-1].cumsum(-1)[..., ::-1])
 
 @patch
@@ -279,7 +296,8 @@ def index_of(self: ScoreHistogram,
     logit: float, # A threshold, a logit
 ) -> int: # Position in `edges`
     "The lowest edge at or above `logit`: the threshold that is really applied."
-    if not np.isfinite(logit) or logit > self.edges[-1]: raise DataError(f"the threshold {logit} lies over the highest edge {self.edges[-1]:g}; count the scores again with a higher `hi`")
+    if not np.isfinite(logit) or logit > self.edges[-1]:
+        raise DataError(f"the threshold {logit} lies over the highest edge {self.edges[-1]:g}; count the scores again with a higher `hi`")
     return int(np.searchsorted(self.edges, logit, "left"))
 
 @patch(as_prop=True)
@@ -288,7 +306,7 @@ def centers(self: ScoreHistogram) -> Float[np.ndarray, " bin"]: # Logits
     if self.exact: return np.concatenate([self.edges[:1] - 1, self.edges])
     return np.concatenate([self.edges - self.width/2, self.edges[-1:] + self.width/2])
 
-# %% ../../nbs/evaluation/40_scores.ipynb #683a3e86
+# %% ../../nbs/evaluation/40_scores.ipynb #4e5811fa
 def exact_scores(
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits
     target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels
@@ -302,10 +320,11 @@ def exact_scores(
     scores = (z if mask is None else z[mask]).double().unique().cpu().numpy()
     scores = scores[np.isfinite(scores)]  # `update` names what is not finite
     blocks = list(dict.fromkeys(_names(block, len(z), "block"))) or ["all"]
-    if (need := len(blocks)*3*8*len(scores)) > 2**30: raise DataError(f"{len(scores):,} distinct scores in {len(blocks)} blocks need {need/2**30:.1f} GiB; count them in a `ScoreHistogram`, or pool the blocks")
+    if (need := len(blocks)*3*8*len(scores)/2**30) > 1:
+        raise DataError(f"{len(scores):,} distinct scores in {len(blocks)} blocks need {need:.1f} GiB; count them in a `ScoreHistogram`, or pool the blocks")
     return ScoreHistogram(blocks, edges=scores if len(scores) else [0.]).update(logits, target, valid=valid, block=block, tile_positive=tile_positive)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #d929caab
+# %% ../../nbs/evaluation/40_scores.ipynb #b4bf091b
 class ConfusionCounts:
     "int64 counts of true class by predicted class, by block."
     def __init__(self,
@@ -336,15 +355,18 @@ class ConfusionCounts:
         "Count one batch."
         predicted, target = (_rows(x, name) for x, name in [(predicted, "predicted"), (target, "target")])
         valid = torch.ones_like(target, dtype=torch.bool) if valid is None else _rows(valid, "valid")
-        if not predicted.shape == target.shape == valid.shape: raise DataError(f"`predicted`, `target` and `valid` must have one shape, got {tuple(predicted.shape)}, {tuple(target.shape)}, {tuple(valid.shape)}")
+        if not predicted.shape == target.shape == valid.shape:
+            raise DataError(f"`predicted`, `target` and `valid` must have one shape, got {tuple(predicted.shape)}, {tuple(target.shape)}, {tuple(valid.shape)}")
         k, block = len(self.classes), _names(block, len(predicted), "block")
         if unknown := sorted(set(block) - set(self.blocks)): raise DataError(f"unknown block {unknown[0]!r}; known are {', '.join(self.blocks[:3])}")
         counts = np.zeros_like(self.counts)
         for i, name in enumerate(block):
             pair = [x[i][valid[i].to(x.device)] for x in (target, predicted)]
             for x, what in zip(pair, ("target", "predicted")):
-                if x.is_floating_point(): raise DataError(f"`{what}` must hold class numbers, got {str(x.dtype).removeprefix('torch.')}; take the argmax of the logits")
-                if x.numel() and not (0 <= x.min() and x.max() < k): raise DataError(f"`{what}` must hold classes 0 to {k - 1}, got {x.min().item()} to {x.max().item()} in block {name}")
+                if x.is_floating_point():
+                    raise DataError(f"`{what}` must hold class numbers, got {str(x.dtype).removeprefix('torch.')}; take the argmax of the logits")
+                if x.numel() and not (0 <= x.min() and x.max() < k):
+                    raise DataError(f"`{what}` must hold classes 0 to {k - 1}, got {x.min().item()} to {x.max().item()} in block {name}")
             counts[self.blocks.index(name)] += torch.bincount(pair[0].long()*k + pair[1].long().to(pair[0].device), minlength=k*k).cpu().numpy().reshape(k, k)
         self.counts += counts
         return self

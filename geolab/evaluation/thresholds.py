@@ -7,7 +7,7 @@ __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic'
            'certified_position', 'certify_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
            'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off', 'exact_threshold']
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #eb7f2d56
+# %% ../../nbs/evaluation/44_thresholds.ipynb #a091e9bc
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, Sequence
 
@@ -22,7 +22,7 @@ from .calibration import Calibrator
 from .metrics import OperatingPoint, PRCurve, f_beta, metrics_at, pr_curve, recall_at_precision, stratum_weight
 from .scores import ScoreHistogram
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #b32ca413
+# %% ../../nbs/evaluation/44_thresholds.ipynb #25260ff4
 @dataclass(frozen=True)
 class Threshold:
     "A threshold in logits, what was asked of it, and how sure it is."
@@ -45,7 +45,7 @@ class Threshold:
     @classmethod
     def from_dict(cls, values: dict) -> "Threshold": return cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #82d87a4c
+# %% ../../nbs/evaluation/44_thresholds.ipynb #4e41cfb5
 def threshold_for_precision(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # Between 0 and 1
@@ -60,7 +60,7 @@ def threshold_for_precision(
     return Threshold(point.logit, probability, target_precision, prevalence, unit, blocks=len(hist.blocks), reason=point.reason, precision=point.precision,
         recall=point.recall, best_precision=point.best, calibrator=None if calibrator is None else calibrator.hash)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #6a551669
+# %% ../../nbs/evaluation/44_thresholds.ipynb #c8b12ee6
 class BlockSums(NamedTuple):
     "What the statistic is made of, by block; the flagged ones also by threshold."
     tp: Float[np.ndarray, "block k"] # Flagged positives
@@ -73,7 +73,7 @@ class BlockSums(NamedTuple):
     def margin(self,
         r: float, # Negatives per positive
         c: float, # (1 - P)/P for the target precision P
-    ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "block k"], Float[np.ndarray, " k"]]: # m, influences d, and q: jackknife over linear standard error, at least 1
+    ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "block k"], Float[np.ndarray, " k"]]: # m; influences d; q, jackknife over linear standard error
         "The statistic that is below 0 where the precision is above the target."
         tp, fp1, fp0, pos, n1, n0 = (x.astype(float) for x in self)
         def value(tp, fp1, fp0, pos, n1, n0): return (r - n1/pos)*fp0/n0 + (fp1 - c*tp)/pos
@@ -87,7 +87,7 @@ class BlockSums(NamedTuple):
         jack = np.sqrt((b - 1)/b*((without - without.mean(0))**2).sum(0))
         return value(*total), d, np.maximum(1, np.divide(jack, linear, out=np.ones_like(jack), where=linear > 0))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #29129ca1
+# %% ../../nbs/evaluation/44_thresholds.ipynb #2d185c68
 def hall_statistic(
     m: Float[np.ndarray, " k"], # The statistic, below 0 where precision is above the target
     d: Float[np.ndarray, "block k"], # Influence of each block
@@ -107,7 +107,7 @@ def hall_statistic(
         t = (m + e)/s
         return t + skew*t**2/(3*n**.5) + skew**2*t**3/(27*n) + skew/(6*n**.5), m + e
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #e6245fda
+# %% ../../nbs/evaluation/44_thresholds.ipynb #645c999f
 def background_share(
     hist: ScoreHistogram, # Counted logits, of a new map as well: labels do not matter
     logit: float, # The level of the gate
@@ -129,13 +129,14 @@ def check_gate(
 ) -> GateCheck:
     "Mark the blocks of a new map that lie outside the certificate."
     background = np.asarray(background, float)
-    if background.ndim != 1 or not np.isfinite(background).all() or ((background < 0) | (background > 1)).any(): raise DataError("`background` must be one share from 0 to 1 per block; leave out blocks without valid pixels")
+    if background.ndim != 1 or not np.isfinite(background).all() or ((background < 0) | (background > 1)).any():
+        raise DataError("`background` must be one share from 0 to 1 per block; leave out blocks without valid pixels")
     outside, blocks, new = background > gate["max_background"], gate["blocks"], len(background)
     i = np.arange(outside.sum())
     chance = float(np.prod((new - i)/(blocks + new - i)))
     return GateCheck(outside, bool(chance < .01), chance)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #2332e6cc
+# %% ../../nbs/evaluation/44_thresholds.ipynb #4ae443bd
 def certified_position(
     sums: BlockSums, # Thresholds from strict to lenient
     recall: Float[np.ndarray, " k"], # Share of the positives that each threshold finds
@@ -148,7 +149,9 @@ def certified_position(
 ) -> tuple[int|None, dict]: # Position of the certified threshold, and what it rests on, by allowed threshold
     "The fixed sequence of tests."
     held = ((sums.fp1 + sums.fp0) > 0).sum(0) >= 5
-    if not held.any(): return None, dict(reason=f"false positives in {int(((sums.fp1 + sums.fp0) > 0).sum(0).max(initial=0))} blocks at the most; 5 are needed to judge how they spread")
+    if not held.any():
+        most = int(((sums.fp1 + sums.fp0) > 0).sum(0).max(initial=0))
+        return None, dict(reason=f"false positives in {most} blocks at the most; 5 are needed to judge how they spread")
     at = np.maximum(np.arange(len(held)), held.argmax())
     sums = sums._replace(fp1=sums.fp1[:, at], fp0=sums.fp0[:, at])
     allowed = np.flatnonzero((np.asarray(recall) >= .1) & ((sums.tp > 0).sum(0) >= 3))
@@ -161,12 +164,13 @@ def certified_position(
     last = passes.argmax() + np.argmin(np.append(passes[passes.argmax():], False)) - 1 if passes.any() else None
     return None if last is None else int(allowed[last]), dict(reason=None, allowed=allowed, h=h, m=m, with_worst=with_worst, q=q, d=d, critical=critical)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #d15c7370
+# %% ../../nbs/evaluation/44_thresholds.ipynb #976c0579
 def _interval(prevalence):
     "Low and high end of a stated prevalence."
     if isinstance(prevalence, (str, Ratio)): return [Ratio.parse(prevalence).prevalence]*2
     ends = [float(x) for x in prevalence] if isinstance(prevalence, (tuple, list)) else [float(prevalence)]*2
-    if len(ends) != 2 or not 0 < ends[0] <= ends[1] < 1: raise DataError(f"a prevalence is a share between 0 and 1, a ratio such as '1:500', or an interval (low, high); got {prevalence!r}")
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1] < 1:
+        raise DataError(f"a prevalence is a share between 0 and 1, a ratio such as '1:500', or an interval (low, high); got {prevalence!r}")
     return ends
 
 def _gate(hist, lenient):
@@ -178,7 +182,8 @@ def _gate(hist, lenient):
     false = negative[:, k + 1:].sum(1)/np.maximum(negative.sum(1), 1)
     flat = len(background) < 3 or np.ptp(background) == 0 or np.ptp(false) == 0
     correlation = None if flat else float(spearmanr(background, false).statistic)
-    return dict(logit=float(hist.edges[level]), max_background=float(background.max()), blocks=len(background), correlation=correlation, weak=correlation is None or correlation < .7)
+    weak = correlation is None or correlation < .7
+    return dict(logit=float(hist.edges[level]), max_background=float(background.max()), blocks=len(background), correlation=correlation, weak=weak)
 
 def _sums(hist, at, unit):
     "Sums by block at some edges, false positives floored where fewer than five blocks hold any; and the recall there."
@@ -193,12 +198,14 @@ def _tails(blocks, sums, found, k):
     j = int(np.searchsorted(found["allowed"], k))
     x, d = (sums.fp1[:, k]/sums.pos.sum() + sums.fp0[:, k]/sums.n0.sum()).astype(float), found["d"][:, j]
     top = np.sort(x[x > 0])[::-1][:max(5, len(x)//10) + 1]
-    return dict(worst_block=blocks[int(d.argmax())], worst_share=float(x[d.argmax()]/x.sum()) if x.sum() else None, largest_share=float(x.max()/x.sum()) if x.sum() else None,
-        effective_blocks=float(x.sum()**2/(x**2).sum()) if x.sum() else None, hill=float(np.log(top[:-1]/top[-1]).mean()) if len(top) > 5 else None,
+    share = x/x.sum() if x.any() else np.full(len(x), np.nan)
+    known = lambda value: float(value) if np.isfinite(value) else None
+    return dict(worst_block=blocks[int(d.argmax())], worst_share=known(share[d.argmax()]), largest_share=known(share.max()),
+        effective_blocks=known(1/(share**2).sum()), hill=known(np.log(top[:-1]/top[-1]).mean()) if len(top) > 5 else None,
         m=float(found["m"][j]), m_with_worst=float(found["with_worst"][j]), h=float(found["h"][j]), critical=found["critical"], jackknife=float(found["q"][j]),
         blocks_with_true_positives=int((sums.tp[:, k] > 0).sum()), blocks_with_false_positives=int((sums.fp1[:, k] + sums.fp0[:, k] > 0).sum()))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #360e78f6
+# %% ../../nbs/evaluation/44_thresholds.ipynb #7c40dec1
 def certify_threshold(
     hist: ScoreHistogram, # Calibration blocks: used for nothing else, not for training, early stopping or calibration
     target_precision: float, # Between 0 and 1
@@ -222,11 +229,13 @@ def certify_threshold(
     mark = _gate(hist, hist.edges[grid[-1]])
     guarded = gate and not mark["weak"]
     worst, need = (1, 60) if guarded else (2, 100)
-    stated = dict(target_precision=target_precision, prevalence=low if low == high else [low, high], unit=unit, confidence=confidence, blocks=blocks, gate=mark if gate else None)
+    stated = dict(target_precision=target_precision, prevalence=low if low == high else [low, high], unit=unit, confidence=confidence,
+                  blocks=blocks, gate=mark if gate else None)
     def refused(reason, **kwargs): return Threshold(None, None, reason=reason, **stated, **kwargs)
     shared = set(hist.blocks) & set(getattr(val, "blocks", ()))
     if shared: return refused(f"{len(shared)} calibration blocks served validation as well, {min(shared)} for one; certify on blocks that chose nothing")
-    if blocks < need: return refused(f"too few blocks: {blocks}, and {need} are needed " + ("with the gate" if guarded else "with a weak gate" if gate else "without the gate"))
+    if blocks < need:
+        return refused(f"too few blocks: {blocks}, and {need} are needed with{' the' if guarded else ' a weak' if gate else 'out the'} gate")
     if (weight := stratum_weight(hist, ratio, unit)).value is None: return refused(weight.reason)
     sums, recall = _sums(hist, grid, unit)
     options = dict(confidence=confidence + prevalence_error, worst=worst, deployment_blocks=deployment_blocks)
@@ -236,10 +245,12 @@ def certify_threshold(
     if found["reason"]: return refused(found["reason"])
     if k is None:
         nearest = int(found["allowed"][found["h"].argmin()])
-        return refused(f"no threshold passes; the best precision that these blocks certify is {best}" if best else "no threshold passes, at any precision", best_precision=best, diagnostics=_tails(hist.blocks, sums, found, nearest))
+        reason = "no threshold passes" + (f"; the best precision that these blocks certify is {best}" if best else ", at any precision")
+        return refused(reason, best_precision=best, diagnostics=_tails(hist.blocks, sums, found, nearest))
     logit, at = float(hist.edges[grid[k]]), metrics_at(hist, hist.edges[grid[k]], ratio, unit)
-    return Threshold(logit, (calibrator or Calibrator()).probability(logit), certified=True, precision=at["precision"], recall=at["recall"], best_precision=best,
-        calibrator=None if calibrator is None else calibrator.hash, diagnostics=_tails(hist.blocks, sums, found, k), **stated)
+    probability, of = (calibrator or Calibrator()).probability(logit), None if calibrator is None else calibrator.hash
+    return Threshold(logit, probability, certified=True, precision=at["precision"], recall=at["recall"], best_precision=best, calibrator=of,
+        diagnostics=_tails(hist.blocks, sums, found, k), **stated)
 
 def _grid(hist, val):
     "Edges to try, from strict to lenient: where the validation recall passes 64 levels from 0.03 to 0.97."
@@ -247,11 +258,12 @@ def _grid(hist, val):
     else:
         found = val.flagged()[:, 0].sum(0)
         if not found.any(): raise DataError("the validation blocks hold no positives; the order of thresholds needs some")
-        logits = [val.edges[np.flatnonzero(found >= q*val.counts[:, 0].sum())[-1]] for q in np.linspace(.03, .97, 64) if (found >= q*val.counts[:, 0].sum()).any()]
+        reached = found >= np.linspace(.03, .97, 64)[:, None]*val.counts[:, 0].sum()
+        logits = [val.edges[np.flatnonzero(row)[-1]] for row in reached if row.any()]
     if not logits: raise DataError("`val` must hold at least one threshold")
     return np.unique([hist.index_of(min(z, hist.edges[-1])) for z in logits])[::-1]
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #b2e2dbdd
+# %% ../../nbs/evaluation/44_thresholds.ipynb #0e07bff0
 class Plan(NamedTuple):
     "What a target asks of the calibration data."
     false_positive_rate: float # Room in the empty tiles at this recall, with clean surroundings of the positives
@@ -288,9 +300,9 @@ def plan_calibration(
         h, _ = hall_statistic(m, d[np.arange(blocks)%b], q, worst=1 if gate else 2)
         if (h <= -student_t.ppf(confidence, blocks - 1) - norm.ppf(power)).any():
             return plan._replace(blocks=int(blocks), empty_tiles=int(np.ceil(blocks*pilot.tiles[:, 1].sum()/b)), reason=None)
-    return plan._replace(reason=f"at recall {recall} the pilot's precision does not exceed {target_precision} by enough; no number of such blocks suffices, a better network may")
+    return plan._replace(reason=f"at recall {recall} the pilot's precision does not exceed {target_precision} by enough; no number of such blocks will do")
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #9755c654
+# %% ../../nbs/evaluation/44_thresholds.ipynb #29b6bdfb
 class PrevalenceCurve(NamedTuple):
     "Precision of one threshold over prevalence."
     prevalence: Float[np.ndarray, " n"] # Share of positives, of the unit
@@ -319,7 +331,7 @@ def precision_over_prevalence(
     even = None if room <= 0 else 0. if not fp0 else float(1/(1 + (room/fp0*n0 + n1)/pos))
     return PrevalenceCurve(prevalence, precision, tp/max(hist.counts[:, 0].sum(), 1), even)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #09464a63
+# %% ../../nbs/evaluation/44_thresholds.ipynb #83b81180
 def plot_prevalence(
     curves: dict[str, PrevalenceCurve], # By label
     target_precision: float|None = None, # Drawn as a line
@@ -329,7 +341,9 @@ def plot_prevalence(
     ax = _axes(ax)
     for label, curve in curves.items():
         line, = ax.semilogx(curve.prevalence, curve.precision, lw=1.5, label=f"{label} (recall {curve.recall:.2f})")
-        if curve.break_even: ax.plot(curve.break_even, np.interp(curve.break_even, curve.prevalence[::-1], curve.precision[::-1]), "o", ms=5, color=line.get_color(), mec="k")
+        if curve.break_even:
+            height = np.interp(curve.break_even, curve.prevalence[::-1], curve.precision[::-1])
+            ax.plot(curve.break_even, height, "o", ms=5, color=line.get_color(), mec="k")
     if target_precision is not None: ax.axhline(target_precision, color=".6", lw=1, ls="--")
     ax.set(xlabel="prevalence (share of positives)", ylabel="precision", ylim=(0, 1.03))
     ax.legend(fontsize=7, frameon=False)
@@ -345,11 +359,13 @@ def plot_trade_off(
     if curve.precision is None: raise DataError(f"there is no precision to draw: {curve.reason}")
     ax = _axes(ax)
     score = [f_beta(p, r) for p, r in zip(curve.precision, curve.recall)]
-    for values, label, color in ((curve.precision, "precision", "C0"), (curve.recall, "recall", "C1"), (score, "F0.5", ".5")): ax.plot(curve.logit, values, lw=1.5, color=color, label=label)
+    for values, label, color in ((curve.precision, "precision", "C0"), (curve.recall, "recall", "C1"), (score, "F0.5", ".5")):
+        ax.plot(curve.logit, values, lw=1.5, color=color, label=label)
     for (label, logit), style in zip((thresholds or {}).items(), ("-", ":", "-.", "--")):
         if logit is not None: ax.axvline(logit, color="k", lw=1, ls=style, label=label)
     if target_precision is not None: ax.axhline(target_precision, color=".6", lw=1, ls="--")
-    ax.set(xlabel="threshold (logit)", ylabel="share", ylim=(0, 1.03))
+    seen = curve.logit[(curve.recall > .002) & (curve.recall < .999)]
+    ax.set(xlabel="threshold (logit)", ylabel="share", ylim=(0, 1.03), xlim=(seen[0], seen[-1]) if len(seen) > 1 else None)
     ax.legend(fontsize=7, frameon=False)
     return ax
 
@@ -358,7 +374,7 @@ def _axes(ax):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #a7c81084
+# %% ../../nbs/evaluation/44_thresholds.ipynb #845ab9d9
 def _chunks(scores, target, valid, signed=False, step=2**19):
     "Signed high words, low words or `None`, positive and (or `None`) ignored, piece by piece."
     for i in range(0, len(scores), step):
@@ -378,7 +394,8 @@ def _coarse(data):
     for high, _, y, ignored in _chunks(*data):
         if y.dtype != torch.bool:
             counted = y if ignored is None else y[~ignored]
-            if counted.numel() and not (counted.min() >= 0 and counted.max() <= 1): raise DataError("targets must lie in [0, 1]; mark ignored pixels as not valid")
+            if counted.numel() and not (counted.min() >= 0 and counted.max() <= 1):
+                raise DataError("targets must lie in [0, 1]; mark ignored pixels as not valid")
             y = y >= .5
         word = high.int().add_(32768)
         if ignored is not None: y, word = y & ~ignored, word.masked_fill_(ignored, 65536)
@@ -406,7 +423,7 @@ def _score(dtype, code, step):
     low = 65535 - step if code < 32768 else step
     return torch.tensor([low - 65536*(low > 32767), code - 32768], dtype=torch.int32).to(torch.int16).view(torch.float32).item()
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #65b481cd
+# %% ../../nbs/evaluation/44_thresholds.ipynb #7eef9e30
 def exact_threshold(
     scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
     target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
@@ -416,15 +433,21 @@ def exact_threshold(
     negative_weight: float = 1., # What one negative stands for, where negatives were sampled
 ) -> OperatingPoint: # `best` only where nothing qualifies
     "The largest recall with a precision, without sorting and with little memory."
-    if not 0 < target_precision < 1 or not 0 < negative_weight < np.inf: raise DataError(f"`target_precision` must lie between 0 and 1 and `negative_weight` above 0, got {target_precision} and {negative_weight}")
-    scores, target, valid = (None if x is None else x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x)) for x in (scores, target, valid))
-    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32): raise DataError(f"scores must be float16, bfloat16 or float32, got {str(scores.dtype).removeprefix('torch.')}; rounding can make ties, so cast them yourself")
+    if not 0 < target_precision < 1 or not 0 < negative_weight < np.inf:
+        raise DataError(f"`target_precision` must lie between 0 and 1 and `negative_weight` above 0, got {target_precision} and {negative_weight}")
+    tensor = lambda x: x if x is None else x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    scores, target, valid = map(tensor, (scores, target, valid))
+    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise DataError(f"scores must be float16, bfloat16 or float32, got {str(scores.dtype)[6:]}; rounding can make ties, so cast them yourself")
     for name, x in dict(target=target, valid=valid).items():
-        if x is not None and x.shape != scores.shape: raise DataError(f"`{name}` must have the shape of the scores, {tuple(scores.shape)}, got {tuple(x.shape)}")
+        if x is not None and x.shape != scores.shape:
+            raise DataError(f"`{name}` must have the shape of the scores, {tuple(scores.shape)}, got {tuple(x.shape)}")
     data = [None if x is None else x.reshape(-1) for x in (scores, target, valid)]
     table = _coarse(data)
     if table[:, 0].any(): data, table = [*data, True], _coarse([*data, True])  # there are zeros with a minus sign
-    if table[:, (np.arange(-32768, 32768) & 0x7fff) >= (0x7c00 if scores.dtype == torch.float16 else 0x7f80)].any(): raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
+    infinity = 0x7c00 if scores.dtype == torch.float16 else 0x7f80
+    if table[:, (np.arange(-32768, 32768) & 0x7fff) >= infinity].any():
+        raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
     return _search(data, table, target_precision, negative_weight)
 
 def _growing(bins):
