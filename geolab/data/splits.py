@@ -6,7 +6,7 @@
 __all__ = ['PART_COLOURS', 'Audit', 'audit_labels', 'label_range', 'Frame', 'measure_windows', 'Split', 'make_split',
            'plot_split']
 
-# %% ../../nbs/data/13_splits.ipynb #495ce38e
+# %% ../../nbs/data/13_splits.ipynb #7fbcb675
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,14 +27,13 @@ from ..core import ConfigError, DataError, RunError, SplitError, progress, read_
 from .raster import Scene, rasterise
 from .tiles import tile_index, tile_origins
 
-# %% ../../nbs/data/13_splits.ipynb #ed07ce41
+# %% ../../nbs/data/13_splits.ipynb #e786e61c
 @dataclass
 class Audit:
     "What there is to learn from, per scene and in all."
     scenes: pd.DataFrame # One row per scene
     total: dict # Sums, and `positive_fraction`
     notes: list # What a person should look at
-
     @property
     def baselines(self) -> dict:
         "What predictors reach that look at nothing."
@@ -50,13 +49,12 @@ class Audit:
     def _repr_html_(self): return self.scenes.to_html(index=False, na_rep="", float_format="{:.5f}".format) + "".join(f"<p>{text}</p>" for text in [self.summary(), *self.notes])
     def check(self) -> "Audit":
         "Itself, if there is something to learn from."
-        blank = self.scenes.id[self.scenes.valid == 0].tolist()
-        if blank: raise DataError(f"no valid pixel in {', '.join(blank)}: everything is nodata or outside the area of interest; leave such images out")
+        if blank := self.scenes.id[self.scenes.valid == 0].tolist(): raise DataError(f"no valid pixel in {', '.join(blank)}: everything is nodata or outside the area of interest; leave such images out")
         if not self.total["positive"]:
             raise DataError(f"no positive pixel among {self.total['valid']:,} valid ones, so nothing can be learned; " + (" ".join(self.notes) or "check that labels and images belong together"))
         return self
 
-# %% ../../nbs/data/13_splits.ipynb #18952820
+# %% ../../nbs/data/13_splits.ipynb #c5e2c75e
 def _without_pixel(scene):
     "Polygons so small that no pixel centre lies in them."
     if scene.labels is None: return 0
@@ -89,11 +87,11 @@ def audit_labels(
     if not total["positive"] and any(s.label_raster is not None and s.positive is None for s in scenes): notes.append("in a mask 255 means unknown; where it stands for the class, say positive=255.")
     return Audit(table, total, notes).check()
 
-# %% ../../nbs/data/13_splits.ipynb #8eaf402f
+# %% ../../nbs/data/13_splits.ipynb #02c657ba
 def _pairs(x, axis, max_lag):
     "Pairs of set pixels at each distance along an axis."
-    n = x.shape[axis] + max_lag
-    power = (np.abs(np.fft.rfft(x.astype(float), n, axis=axis))**2).sum(1 - axis)
+    lines, n = x if axis else x.T, x.shape[axis] + max_lag
+    power = (np.abs(np.fft.rfft(lines[lines.any(1)].astype(float), n))**2).sum(0)  # lines without any have no pairs
     return np.rint(np.fft.irfft(power, n)[:max_lag + 1])
 
 def label_range(
@@ -111,8 +109,7 @@ def label_range(
             for col in range(0, width, side):
                 mask, valid = scene.read_mask(row, col, min(side, height - row), min(side, width - col))
                 for axis in (0, 1):
-                    full = np.clip(mask.shape[axis] - lags, 0, None)*mask.shape[1 - axis]
-                    known[axis] += full if valid.all() else _pairs(valid, axis, max_lag)
+                    known[axis] += np.clip(mask.shape[axis] - lags, 0, None)*mask.shape[1 - axis] if valid.all() else _pairs(valid, axis, max_lag)
                     if mask.any(): both[axis] += _pairs(mask > 0, axis, max_lag)
                 positives, pixels = positives + int((mask > 0).sum()), pixels + int(valid.sum())
     p = positives/max(pixels, 1)
@@ -121,7 +118,7 @@ def label_range(
     reach = max(int(np.argmax(curve < level)) if (curve < level).any() else max_lag for curve in curves)
     return reach, pd.DataFrame(dict(lag=lags, along_columns=curves[0], along_rows=curves[1]))
 
-# %% ../../nbs/data/13_splits.ipynb #300384cc
+# %% ../../nbs/data/13_splits.ipynb #e7d3646f
 @lru_cache(maxsize=256)
 def _transformer(source, target): return pyproj.Transformer.from_crs(source, target, always_xy=True)
 
@@ -168,7 +165,7 @@ def _rectangle(frame, box, height, width):
     (col0, row0), (col1, row1) = (max(0, math.ceil(v - 1e-6)) for v in inside[:2]), (min(side, math.floor(v + 1e-6)) for v, side in zip(inside[2:], (width, height)))
     return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
 
-# %% ../../nbs/data/13_splits.ipynb #29b48a81
+# %% ../../nbs/data/13_splits.ipynb #37686e7d
 @dataclass
 class _Ground:
     "Groups of scenes, their cells, and what each cell holds: in all, and in the margins that a dead zone would take."
@@ -180,7 +177,6 @@ class _Ground:
     positive: np.ndarray # (group, i, j, 3, 3): upper margin, middle, lower margin by left margin, middle, right margin
     valid: np.ndarray
     total: int # Positive pixels, also those that no cell holds
-
     def box(self, g, i, j, sides=(0, 0, 0, 0)):
         "Left, top, right, bottom of a cell; `sides` that face another part (top, bottom, left, right) leave the margin out."
         (rows, cols), (top, bottom, left, right) = self.edges[g], (self.margins[g]*bool(s) for s in sides)
@@ -201,18 +197,16 @@ def _groups(scenes, dead_zone):
 
 def _count(scene, rect, margin, side=1024):
     "Positive and valid pixels of a rectangle, (2, 3, 3) by margin and middle."
-    row0, row1, col0, col1 = rect
+    (row0, row1, col0, col1), held = rect, np.zeros((2, 3, 3), np.int64)
     def zones(at, first, end): return np.eye(3, dtype=np.int64)[np.where(at < first + margin, 0, np.where(at >= end - margin, 2, 1))]
-    held = np.zeros((2, 3, 3), np.int64)
     for row in range(row0, row1, side):
         for col in range(col0, col1, side):
-            height, width = min(side, row1 - row), min(side, col1 - col)
-            sample = scene.read(row, col, height, width)
-            by_row, by_col = zones(np.arange(row, row + height), row0, row1), zones(np.arange(col, col + width), col0, col1)
+            rows, cols = np.arange(row, min(row + side, row1)), np.arange(col, min(col + side, col1))
+            sample, by_row, by_col = scene.read(row, col, len(rows), len(cols)), zones(rows, row0, row1), zones(cols, col0, col1)
             held += np.stack([by_row.T @ what.astype(np.int64) @ by_col for what in (sample["mask"] > 0, sample["valid"])])
     return held
 
-# %% ../../nbs/data/13_splits.ipynb #e48df683
+# %% ../../nbs/data/13_splits.ipynb #606392f2
 def _lay_grid(scenes, tile_size, block_size, dead_zone):
     "Lay cells over every group and count what they hold."
     groups, frames, edges, margins = _groups(scenes, dead_zone), {}, [], []
@@ -222,11 +216,10 @@ def _lay_grid(scenes, tile_size, block_size, dead_zone):
             crs = first.crs if info.crs == first.crs else info.crs
             frames[scenes[k].id] = Frame(f"s{members[0]}", crs.to_wkt(), tuple(info.transform)[:6], first.crs.to_wkt(), tuple(first.transform)[:6])
         outlines = [frames[scenes[k].id].to_group(*_outline((0, 0, info.width, info.height))) for k, info in zip(members, infos)]
-        cuts = []
+        edges.append([])
         for axis in (1, 0):
             start, end = math.floor(min(o[axis].min() for o in outlines) + 1e-6), math.ceil(max(o[axis].max() for o in outlines) - 1e-6)
-            cuts.append(np.rint(np.linspace(start, end, 1 + max(1, min(round((end - start)/block_size), (end - start)//(tile_size + dead_zone))))))
-        edges.append(cuts)
+            edges[-1].append(np.rint(np.linspace(start, end, 1 + max(1, min(round((end - start)/block_size), (end - start)//(tile_size + dead_zone))))))
         coarsest = max(info.pixel_side for info in infos)/first.pixel_side*(1 if all(frames[scenes[k].id].aligned for k in members) else 1.05)
         margins.append(math.ceil(dead_zone*max(1, coarsest)/2 - 1e-6))
     shape = len(groups), max(len(rows) - 1 for rows, _ in edges), max(len(cols) - 1 for _, cols in edges)
@@ -245,14 +238,13 @@ def _fill(ground, k, g):
         rect = _rectangle(frame, ground.box(g, i, j), info.height, info.width)
         if rect is None: continue
         positive, valid = _count(scene, rect, margin)
-        covered += (rect[1] - rect[0])*(rect[3] - rect[2])
-        if valid.any():
-            ground.positive[g, i, j] += positive; ground.valid[g, i, j] += valid; found += int(positive.sum())
-            ground.pieces.append((k, g, i, j))
+        ground.positive[g, i, j] += positive; ground.valid[g, i, j] += valid
+        covered, found = covered + (rect[1] - rect[0])*(rect[3] - rect[2]), found + int(positive.sum())
+        if valid.any(): ground.pieces.append((k, g, i, j))
     if covered < info.height*info.width: found = int(_count(scene, (0, info.height, 0, info.width), 1)[0].sum())  # some pixels lie between cells
     ground.total += found
 
-# %% ../../nbs/data/13_splits.ipynb #e6de0915
+# %% ../../nbs/data/13_splits.ipynb #74cc7052
 def _facing(parts):
     "Sides (top, bottom, left, right) of cells that must leave a margin out; parts are numbers, -1 where nothing lies."
     padded = np.pad(parts, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
@@ -269,7 +261,7 @@ def _usable(counts, sides):
     rows, cols = (np.stack([~before, np.ones_like(before), ~behind], -1).astype(np.int64) for before, behind in (sides[:2], sides[2:]))
     return np.einsum("gijrc,gijr,gijc->gij", counts, rows, cols)
 
-# %% ../../nbs/data/13_splits.ipynb #06ddc629
+# %% ../../nbs/data/13_splits.ipynb #2109bf00
 def _draw_parts(ground, shares, rng, n):
     "Random assignments of cells to parts: (group, i, j) numbers with -1 for none, and whether they are strips."
     here = ground.valid.sum((3, 4)) > 0
@@ -291,8 +283,7 @@ def _draw_parts(ground, shares, rng, n):
             for some, weight in zip((weights[0] > 0, weights[0] == 0), weights):
                 some = rng.permutation(np.flatnonzero(some)); of_clump[some] = cut(weight[some])
             part = of_clump[clump.ravel()]
-        parts = np.full(here.shape, -1)
-        parts[g, i, j] = part
+        parts = np.full(here.shape, -1); parts[g, i, j] = part
         yield parts, strips
 
 def _best_parts(ground, shares, seed, n, least):
@@ -311,7 +302,7 @@ def _best_parts(ground, shares, seed, n, least):
         if score < lowest: best, lowest = (parts, 1 - kept/ground.total), score
     return best
 
-# %% ../../nbs/data/13_splits.ipynb #95b50c40
+# %% ../../nbs/data/13_splits.ipynb #df69984f
 def _closest(boxes, parts):
     "Free pixels between the closest boxes (left, top, right, bottom) of different parts, and the area that such boxes share."
     gap, shared, names = math.inf, 0., sorted(set(parts))
@@ -344,7 +335,7 @@ def measure_windows(
         found.append(_closest(ground[group == name].round(4), parts[group == name]))
     return min((gap for gap, _ in found), default=math.inf), sum(shared for _, shared in found)
 
-# %% ../../nbs/data/13_splits.ipynb #fb72682c
+# %% ../../nbs/data/13_splits.ipynb #6bcd9d6c
 @dataclass
 class Split:
     "Tiles and blocks of each part, and the certificate that they are apart."
@@ -352,7 +343,6 @@ class Split:
     blocks: pd.DataFrame # Usable rectangle of each block in each scene: block, scene, part, row0, row1, col0, col1, tiles, valid, positive
     certificate: dict # Plain JSON
     frames: dict # `Frame` of each scene
-
     def tiles_of(self, part: str) -> pd.DataFrame:
         "The tiles of a part; `cal` gives those of `val` where the two are one."
         part = "val" if part == "cal" and self.certificate["cal_is_val"] else part
@@ -366,20 +356,18 @@ class Split:
                 f"Dead zones take {c['lost_positive_share']:.1%} of the positives." + (f" {c['reason']}" if c["reason"] else ""))
     def __repr__(self): return "\n".join([self.table().to_string(index=False), self.summary(), *(f"note: {n}" for n in self.certificate["notes"])])
     def _repr_html_(self): return self.table().to_html(index=False) + "".join(f"<p>{text}</p>" for text in [self.summary(), *self.certificate["notes"]])
-
-    def save(self, path: Path|str) -> Path:
-        "Write as JSON."
+    def save(self, path: Path|str) -> Path: # A JSON file
         return write_json(path, dict(certificate=self.certificate, frames={id: asdict(f) for id, f in self.frames.items()}, blocks=self.blocks.to_dict("list"), tiles=self.tiles.to_dict("list")))
     @classmethod
     def load(cls, path: Path|str) -> "Split":
         "Read what `save` wrote; call `check` to measure it again."
         kept = read_json(path)
         try:
-            frames = {id: Frame(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items()}) for id, f in kept["frames"].items()}
-            return cls(pd.DataFrame(kept["tiles"]), pd.DataFrame(kept["blocks"]), kept["certificate"], frames)
+            return cls(pd.DataFrame(kept["tiles"]), pd.DataFrame(kept["blocks"]), kept["certificate"],
+                       {id: Frame(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items()}) for id, f in kept["frames"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error: raise RunError(f"{path} is not a split: {error}") from error
 
-# %% ../../nbs/data/13_splits.ipynb #77470b11
+# %% ../../nbs/data/13_splits.ipynb #76649aa5
 def _measure(tiles, blocks, frames):
     "The measured half of a certificate."
     (gap, shared), parts, prints = measure_windows(tiles, frames), {}, tiles[["fingerprint", "part"]].drop_duplicates()
@@ -409,7 +397,7 @@ def check(self: Split) -> Split:
     if faults: raise SplitError("the split does not hold: " + "; ".join(faults))
     return self
 
-# %% ../../nbs/data/13_splits.ipynb #047b3f21
+# %% ../../nbs/data/13_splits.ipynb #53e3d487
 def _trade_off(scenes, tile_size, block_size, dead_zone, shares, seed, n):
     "Positives lost with larger blocks and smaller dead zones, as lines of text."
     lines = []
@@ -430,11 +418,10 @@ def _regions(ground, parts, names, least):
     return pd.DataFrame(rows).sort_values("part", key=lambda p: p.map(names.index), kind="stable").reset_index(drop=True)
 
 def _shares(fractions):
-    "Parts in their order, and their shares, which add up to 1."
     names = [name for name in ("train", "val", "cal", "test") if name in fractions]
     return names, np.array([fractions[name] for name in names])/sum(fractions.values())
 
-# %% ../../nbs/data/13_splits.ipynb #bf7402ef
+# %% ../../nbs/data/13_splits.ipynb #2eb97605
 def _finish(ground, parts, names, tile_size, stride, facts):
     "Lay tiles, drop copies that two parts would share, and measure."
     blocks, notes = _regions(ground, parts, names, max(1, tile_size//8)), []
@@ -443,12 +430,10 @@ def _finish(ground, parts, names, tile_size, stride, facts):
     first = tiles[tiles.fingerprint != ""].drop_duplicates("fingerprint").set_index("fingerprint").part
     copies = (tiles.fingerprint != "") & (tiles.fingerprint.map(first) != tiles.part)
     tiles = tiles[~copies].reset_index(drop=True)
-    held = tiles.groupby(["block", "scene"], as_index=False).agg(tiles=("id", "size"), valid=("own_valid", "sum"), positive=("own_positive", "sum"))
-    blocks = blocks.merge(held, on=["block", "scene"])
+    blocks = blocks.merge(tiles.groupby(["block", "scene"], as_index=False).agg(tiles=("id", "size"), valid=("own_valid", "sum"), positive=("own_positive", "sum")))
     if copies.any(): notes.append(f"{copies.sum()} tiles were dropped, since another part holds the same pixels")
     if facts["dead_zone_px"] < facts["label_range_px"]: notes.append(f"the dead zone of {facts['dead_zone_px']} px is smaller than the range of the labels, {facts['label_range_px']} px: neighbouring parts may resemble each other")
-    lost = 1 - int(tiles.own_positive.sum())/ground.total
-    return Split(tiles, blocks, _measure(tiles, blocks, ground.frames) | dict(lost_positive_share=lost, dropped_tiles=dropped, dropped_duplicates=int(copies.sum())) | facts | dict(notes=notes), ground.frames)
+    return Split(tiles, blocks, _measure(tiles, blocks, ground.frames) | dict(lost_positive_share=1 - int(tiles.own_positive.sum())/ground.total, dropped_tiles=dropped, dropped_duplicates=int(copies.sum())) | facts | dict(notes=notes), ground.frames)
 
 def make_split(
     scenes: Sequence[Scene], # Labelled scenes
@@ -479,12 +464,11 @@ def make_split(
         names, shares = _shares(dict(train=fractions["train"], val=fractions["val"] + fractions.get("cal", 0), test=fractions["test"]))
         best = _best_parts(ground, shares, seed, candidates, 1)
     if best is None or best[1] > 1/3:
-        what = (f"{held}, and no way was found to give some to each of {', '.join(names)}" if best is None else
-                f"dead zones of {dead} px between blocks of {block} px would take {best[1]:.0%} of the positives")
+        what = f"{held}, and no way was found to give some to each of {', '.join(names)}" if best is None else f"dead zones of {dead} px between blocks of {block} px would take {best[1]:.0%} of the positives"
         raise SplitError(f"{what}. Use smaller tiles, more or larger images, or accept less distance (labels resemble each other up to {reach} px):" + _trade_off(scenes, tile_size, block, dead, shares, seed, candidates))
     return _finish(ground, best[0], names, tile_size, stride, dict(dead_zone_px=dead, label_range_px=reach, block_size_px=block, tile_size_px=tile_size, seed=seed, cal_is_val="cal" not in names, reason=reason)).check()
 
-# %% ../../nbs/data/13_splits.ipynb #f813d335
+# %% ../../nbs/data/13_splits.ipynb #692451dd
 PART_COLOURS = dict(train="#56B4E9", val="#E69F00", cal="#009E73", test="#CC79A7") # Okabe and Ito: told apart by colour-blind eyes
 
 def plot_split(
@@ -507,10 +491,9 @@ def plot_split(
             ax.add_collection(PolyCollection(boxes(np.c_[w.col, w.row, w.col + w.width, w.row + w.height], dx, dy), facecolor="none", edgecolor="white", linewidth=.4))
         spots, held = None if scene.labels is None else scene.labels.representative_point(), split.tiles[(split.tiles.scene == scene.id) & (split.tiles.positive > 0)]
         u, v = ((spots.x - t.c)/t.a, (spots.y - t.f)/t.e) if spots is not None else (held.col + held.width/2, held.row + held.height/2)
-        ax.plot(u + dx, v + dy, ".", color="black", markersize=2.5, linestyle="none")
+        ax.plot(u + dx, v + dy, ".", color="black", markersize=2.5, label=None if k else "positives")
         if len(scenes) > 1: ax.text(dx, dy, scene.id, fontsize=7, va="bottom")
     for part, n in split.certificate["parts"].items(): ax.plot([], [], "s", color=PART_COLOURS[part], label=f"{part}: {n['positive_blocks']} of {n['blocks']}\nblocks positive")
-    ax.plot([], [], ".", color="black", label="positives")
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     ax.set(xlabel="column, px", ylabel="row, px", aspect="equal", xlim=(-.02*step, (min(across, len(scenes)) - .06)*step), ylim=((math.ceil(len(scenes)/across) - .06)*step, -.05*step))
     return ax
