@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'ABOUT', 'BACKGROUND', 'TRAIN_KEYS', 'NAME', 'LabelsConfig', 'SplitConfig', 'WorldConfig',
-           'ThawSlumpConfig', 'validation_metrics', 'Work', 'chosen_bands', 'prior_of', 'rgb_of', 'passes',
+           'ThawSlumpConfig', 'validation_metrics', 'Work', 'chosen_bands', 'prior_of', 'rgb_of', 'reachable', 'passes',
            'batch_size_of', 'calibration_part', 'best_f', 'display', 'three_of', 'stages', 'open_folder', 'run',
            'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b9ebded4
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #385f4afc
 import copy, warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -48,7 +48,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #6c8edabc
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #eb8249e4
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -74,7 +74,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c068e200
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b394af30
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -129,7 +129,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d64b9ee8
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b9016453
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -170,7 +170,7 @@ random_seed: 42
 """)
 ABOUT = "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b3c9c0ef
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #da3d651d
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -186,7 +186,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #003b7f1d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b22594d7
 BACKGROUND = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -221,7 +221,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #53592a0c
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #fab981c8
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -235,7 +235,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c77e2235
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #19d4821a
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -260,7 +260,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #4b89f163
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #827cf94d
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -279,19 +279,21 @@ def train(self: Work):
     data = partial(TileDataset, self.scenes, scale=scale, size=self.tile_size, seed=c.random_seed)
     size = batch_size_of(c, network, len(scale.bands))
     epoch = c.steps_per_epoch*size if c.steps_per_epoch else None
-    shown = pd.concat([rows]*passes(rows, c.train_pos_neg_ratio, epoch), ignore_index=True)
+    ratio = reachable(rows, c.train_pos_neg_ratio)
+    if ratio != c.train_pos_neg_ratio: self.say(f"  train_pos_neg_ratio {c.train_pos_neg_ratio} cannot be reached with so few empty tiles; all are used, which gives {ratio}")
+    shown = pd.concat([rows]*passes(rows, ratio, epoch), ignore_index=True)
     train = data(shown, jitter=c.augment, augment=Augment(rgb_of(scale.bands), mean=scale.mean, std=scale.std) if c.augment else None)
-    sampler = RatioSampler(shown.positive.to_numpy() > 0, c.train_pos_neg_ratio, epoch_size=epoch, seed=c.random_seed)
-    initialise_bias(network, prior_of(rows, c.train_pos_neg_ratio))
+    sampler = RatioSampler(shown.positive.to_numpy() > 0, ratio, epoch_size=epoch, seed=c.random_seed)
+    initialise_bias(network, prior_of(rows, ratio))
     loss = build_loss("focal", alpha=c.focal_alpha, gamma=c.focal_gamma) if c.loss == "focal" else build_loss("bce")
     keys = {k: getattr(c, k) for k in FitConfig.model_fields if k != "batch_size" and hasattr(c, k)}
     result = fit(network, loss, train, data(split.tiles_of("val"), own=True), FitConfig(**keys, batch_size=size), sampler=sampler, out=self.folder, seed=c.random_seed,
-                 val_metrics=partial(validation_metrics, config=c), key=[content_hash(rows.to_dict("records")), scale.to_dict(), c.loss, c.focal_alpha, c.focal_gamma, c.augment, arguments])
+                 val_metrics=partial(validation_metrics, config=c), key=dict(tiles=content_hash(rows.to_dict("records")), scale=scale.to_dict(), network=arguments, **{k: getattr(c, k) for k in ("loss", "focal_alpha", "focal_gamma", "augment")}))
     self.say(f"  {result.stopped}; best {c.early_stopping_metric} {result.best_metric:.3f} in epoch {result.best_epoch}")
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #9fad8cb6
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #2c53a28d
 def prior_of(
     tiles: pd.DataFrame, # Train tiles with `positive` and `valid` counts of pixels
     ratio: Ratio, # Tiles with positives to empty tiles, as the sampler draws them
@@ -309,6 +311,14 @@ def rgb_of(
     if {"red", "green", "blue"} <= set(bands): return tuple(bands.index(b) for b in ("red", "green", "blue"))
     return {1: (0,), 3: (0, 1, 2)}.get(len(bands))
 
+def reachable(
+    tiles: pd.DataFrame, # Train tiles with `positive` counts
+    ratio: Ratio, # Wanted tiles with positives to empty tiles
+) -> Ratio: # The wanted one, or that of all tiles
+    "The ratio of tiles that the data allow."
+    some, empty = int((tiles.positive > 0).sum()), int((tiles.positive == 0).sum())
+    return ratio if empty*ratio.positive >= some*ratio.negative else Ratio(1, round(max(empty/some, 1e-6), 6))
+
 def passes(
     tiles: pd.DataFrame, # Train tiles with `positive` counts
     ratio: Ratio, # Tiles with positives to empty tiles
@@ -319,7 +329,7 @@ def passes(
     per_pass = some + min(empty, some*ratio.negative/ratio.positive)
     return 1 if epoch is None or not some else max(1, int(np.ceil(epoch/per_pass)))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c3b292a0
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #777f9472
 def batch_size_of(
     config: ThawSlumpConfig,
     network: torch.nn.Module, # Tried on the GPU
@@ -341,7 +351,7 @@ def batch_size_of(
         torch.cuda.empty_cache()
     return size
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #2d0159f4
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #71f64c71
 def calibration_part(
     split: Split,
 ) -> str: # "cal", or "val" where the two fell together
@@ -360,7 +370,7 @@ def calibrate(self: Work):
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #13dcaa27
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #9c7c1fc8
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -376,7 +386,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #90992bf6
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #43658930
 def best_f(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # That nothing reached
@@ -393,7 +403,7 @@ def best_f(
         reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
         best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #ef1ba631
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #db688422
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -415,7 +425,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #7060283b
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #bb5c362e
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -441,7 +451,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d8a0e47c
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c76c814e
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold
@@ -464,7 +474,7 @@ def three_of(
     picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
     return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #776b1c16
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #a2af4d70
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -486,9 +496,9 @@ def report(self: Work):
     samples, card = self.save_samples(), write_model_card(self.so_far)
     page = build_report(self.folder)
     self.say(f"  {page}")
-    return [samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
+    return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b0ea7ece
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c08582e6
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -512,7 +522,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #4efd8b36
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5026443a
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -540,7 +550,7 @@ def open_folder(
     if stored.get("recipe") != NAME: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #2631e6bc
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #7d38ec37
 NAME = "thaw_slump"
 
 def run(
@@ -583,7 +593,8 @@ def _go(config, folder, data, profile, force, until, say):
     work.check()
     vectors = [] if work.made else [*find_images(data["labels"])] if Path(data["labels"]).is_dir() else [Path(p) for p in (data["labels"], data["aoi"]) if p and Path(p).is_file()]
     inputs = None if work.made else fingerprint([*work.images, *vectors])
-    with atomic_file(folder/"config.yaml") as f:
-        f.write_text(yaml.safe_dump(dict(recipe=NAME, profile=profile, geolab=__version__, data=data, config=config.plain()), sort_keys=False))
+    text = yaml.safe_dump(dict(recipe=NAME, profile=profile, geolab=__version__, data=data, config=config.plain()), sort_keys=False)
+    if not (folder/"config.yaml").exists() or (folder/"config.yaml").read_text() != text:
+        with atomic_file(folder/"config.yaml") as f: f.write_text(text)
     run_stages(stages(work.made), work, folder, config.plain(), recipe=NAME, inputs=inputs, until=until, force=force, say=say)
     return Run.load(folder, partial=until is not None)
