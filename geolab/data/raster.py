@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'write_geotiff', 'RasterInfo', 'read_info', 'read_window', 'raster_windows', 'read_labels', 'rasterise',
            'find_images', 'Scene', 'open_scenes', 'has_valid_pixel', 'BandScale', 'fit_band_scale']
 
-# %% ../../nbs/data/10_raster.ipynb #44516945
+# %% ../../nbs/data/10_raster.ipynb #5b5631fb
 import glob, math, os, threading, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,7 @@ from rasterio.windows import Window, transform as window_transform
 
 from ..core import DataError, atomic_file, nearest
 
-# %% ../../nbs/data/10_raster.ipynb #3b49a4b6
+# %% ../../nbs/data/10_raster.ipynb #9ddd46dc
 @contextmanager
 def _speaking_of(path, action="read"):
     "Turn what rasterio and pyogrio raise into a `DataError` that names the file."
@@ -53,7 +53,7 @@ def write_geotiff(
     if array.ndim != 3 or 0 in array.shape: raise DataError(f"expected an array (c, h, w) or (h, w) without empty axes, got {array.shape}")
     if bands is not None and len(bands) != len(array): raise DataError(f"{len(bands)} band names for {len(array)} bands")
     (count, height, width), side = array.shape, min(256, 16*math.ceil(max(array.shape[1:])/16))
-    with atomic_file(path) as aside, _speaking_of(path, f"write {array.dtype} with nodata {nodata} to"):
+    with _speaking_of(path, f"write {array.dtype} with nodata {nodata} to"), atomic_file(path) as aside:
         with rasterio.open(aside, "w", driver="GTiff", width=width, height=height, count=count, dtype=array.dtype, crs=crs, transform=transform,
                            nodata=nodata, tiled=True, blockxsize=side, blockysize=side, compress="deflate", bigtiff="if_safer") as f:
             f.write(array)
@@ -61,7 +61,7 @@ def write_geotiff(
             f.update_tags(**(tags or {}))
     return Path(path)
 
-# %% ../../nbs/data/10_raster.ipynb #bb938931
+# %% ../../nbs/data/10_raster.ipynb #28582513
 @dataclass(frozen=True)
 class RasterInfo:
     "A raster without its pixels: size, bands, place."
@@ -95,7 +95,7 @@ class RasterInfo:
             if name not in self.bands: raise DataError(f"{self.path} has no band `{name}`; it has {', '.join(self.bands)}")
         return [self.bands.index(name) + 1 for name in bands or self.bands]
 
-# %% ../../nbs/data/10_raster.ipynb #4e25eda2
+# %% ../../nbs/data/10_raster.ipynb #c4e50b45
 @lru_cache(maxsize=256)
 def _handle(path, stamp, process, thread): # a file that changed, a forked worker or another thread never meets an old handle
     with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def read_info(
     dtype = np.result_type(*(np.dtype(name) for name in dtypes)).name
     return RasterInfo(path, src.width, src.height, src.count, dtype, src.crs, t, src.nodata, names)
 
-# %% ../../nbs/data/10_raster.ipynb #feb93c66
+# %% ../../nbs/data/10_raster.ipynb #f3d7ed6e
 @patch
 def pixel_area(self: RasterInfo,
     row: int|None = None, # Row of the pixel; `None` for the middle of the raster. Only matters on the ellipsoid
@@ -153,7 +153,7 @@ def pixel_area(self: RasterInfo,
     if not self.crs.is_geographic: x, y = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True).transform(x, y)
     return abs(crs.get_geod().polygon_area_perimeter(x, y)[0])
 
-# %% ../../nbs/data/10_raster.ipynb #2276446b
+# %% ../../nbs/data/10_raster.ipynb #65eed251
 def read_window(
     raster: RasterInfo|Path|str, # A raster; with a `RasterInfo` nothing is checked again
     row: int, col: int, # First row and column; may lie outside
@@ -176,7 +176,7 @@ def read_window(
     image[:, *here], valid[here] = values, ok
     return image, valid
 
-# %% ../../nbs/data/10_raster.ipynb #f134801a
+# %% ../../nbs/data/10_raster.ipynb #b1f502c3
 def raster_windows(
     info: RasterInfo, # A raster
     side: int = 1024, # Side of a square window, in pixels; bands of rows hold as many pixels
@@ -188,7 +188,7 @@ def raster_windows(
     for row in range(0, info.height, rows):
         for col in range(0, info.width, cols): yield row, col, min(rows, info.height - row), min(cols, info.width - col)
 
-# %% ../../nbs/data/10_raster.ipynb #aae51aa1
+# %% ../../nbs/data/10_raster.ipynb #6768f0ff
 def _read_vector(path, layer):
     "The features of a vector file, its CRS checked."
     if not path.exists(): raise DataError(f"{path} is missing; give the path of a vector file")
@@ -220,7 +220,7 @@ def _of_class(features, column, positive, name):
                         f"values there: {', '.join(map(repr, values.dropna().unique()[:10])) or 'none'}")
     return features[keep]
 
-# %% ../../nbs/data/10_raster.ipynb #bd65386f
+# %% ../../nbs/data/10_raster.ipynb #63dc9c6e
 def _polygonal(geometry):
     "The polygons within a repaired geometry."
     parts = shapely.get_parts(geometry)
@@ -252,7 +252,7 @@ def read_labels(
     polygons.attrs = dict(name=Path(name).name, read=len(features), other_class=len(features) - len(chosen), repaired=int((invalid & good).sum()), dropped=int((~good).sum()))
     return polygons
 
-# %% ../../nbs/data/10_raster.ipynb #e0d73fd5
+# %% ../../nbs/data/10_raster.ipynb #0abf8e8a
 def _same_crs(a, b): return CRS.from_user_input(a) == CRS.from_user_input(b)
 
 def _reproject(polygons, crs):
@@ -279,7 +279,7 @@ def rasterise(
     if len(polygons) and not _same_crs(polygons.crs, info.crs): polygons = _reproject(polygons, info.crs)
     return _draw(polygons.geometry.values, info, row, col, height, width)
 
-# %% ../../nbs/data/10_raster.ipynb #420bdebf
+# %% ../../nbs/data/10_raster.ipynb #9bd9e737
 SUFFIXES = (".tif", ".tiff", ".vrt")
 def find_images(
     spec: str|Path|Sequence, # A file, a folder (its .tif, .tiff and .vrt files), a pattern such as `"scenes/*.tif"`, or a list of these
@@ -292,7 +292,7 @@ def find_images(
     if not found: raise DataError(f"no raster at {spec}; give a file, a folder with {', '.join(SUFFIXES)} files, or a pattern such as scenes/*.tif")
     return sorted(found)
 
-# %% ../../nbs/data/10_raster.ipynb #f8d31729
+# %% ../../nbs/data/10_raster.ipynb #24da697c
 @dataclass(eq=False)
 class Scene:
     "An image with its labels and area of interest; holds no pixels and no open file."
@@ -336,7 +336,7 @@ class Scene:
             image[:, ~valid] = 0
         return dict(image=image, mask=mask*valid, valid=valid) if self.labelled else dict(image=image, valid=valid)
 
-# %% ../../nbs/data/10_raster.ipynb #6c019496
+# %% ../../nbs/data/10_raster.ipynb #5488d46f
 def _polygons_in(polygons, info):
     "Polygons that meet the raster, in its CRS, under the index they had."
     same, crs = _same_crs(polygons.crs, info.crs), pyproj.CRS.from_user_input(info.crs)
@@ -363,7 +363,7 @@ def _place(polygons, infos, name):
     if used < len(polygons): notes.append(f"{name}: {len(polygons) - used} of {len(polygons)} polygons lie outside every image")
     return parts, used, notes
 
-# %% ../../nbs/data/10_raster.ipynb #f6a77a11
+# %% ../../nbs/data/10_raster.ipynb #df560fa7
 def _check_alike(infos):
     "Images of one study have the same bands and number type."
     first = infos[0]
@@ -395,7 +395,7 @@ def _scene_ids(infos):
     stems = [info.path.stem for info in infos]
     return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems)]
 
-# %% ../../nbs/data/10_raster.ipynb #1915b790
+# %% ../../nbs/data/10_raster.ipynb #43d461ff
 def open_scenes(
     images: str|Path|Sequence, # What `find_images` takes
     labels: str|Path|Sequence|gpd.GeoDataFrame|None = None, # A vector file or GeoDataFrame; or mask rasters (file, folder, pattern), paired with the images by file name
@@ -435,13 +435,13 @@ def open_scenes(
               for id, info, polygons, mask, area in zip(_scene_ids(infos), infos, vectors, masks, areas)]
     return scenes, notes
 
-# %% ../../nbs/data/10_raster.ipynb #a59369c4
+# %% ../../nbs/data/10_raster.ipynb #e8120942
 def has_valid_pixel(scene: Scene|RasterInfo) -> bool:
     "Is there any pixel to learn from, in the area of interest if there is one? Stops at the first."
     def valid(*window): return read_window(scene, *window)[1] if isinstance(scene, RasterInfo) else scene.read(*window)["valid"]
     return any(valid(*window).any() for window in raster_windows(scene if isinstance(scene, RasterInfo) else scene.info))
 
-# %% ../../nbs/data/10_raster.ipynb #e26485fa
+# %% ../../nbs/data/10_raster.ipynb #f294bcef
 @dataclass(frozen=True)
 class BandScale:
     "Mean and deviation per band, and the kind of image that they belong to."
@@ -475,7 +475,7 @@ class BandScale:
     @classmethod
     def from_dict(cls, values: dict) -> "BandScale": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../../nbs/data/10_raster.ipynb #0629d9aa
+# %% ../../nbs/data/10_raster.ipynb #ba444035
 def fit_band_scale(
     scenes: Sequence[Scene], # Where the windows lie
     windows: Iterable[tuple[str, int, int, int, int]], # Scene id, row, col, height, width; windows of the train part only
