@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['displacement', 'warp', 'jitter_colour', 'Augment']
 
-# %% ../../nbs/data/18_augment.ipynb #31898d10
+# %% ../../nbs/data/18_augment.ipynb #cde9ac8a
 import math
 from typing import Sequence
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core import ConfigError, DataError, check_shape
 
-# %% ../../nbs/data/18_augment.ipynb #4f71bb27
+# %% ../../nbs/data/18_augment.ipynb #580d2099
 def _blurred(noise, sigma):
     "Gaussian blur, `sigma` in pixels; the edge is mirrored. Rows first, then columns: 2 x 49 instead of 49 x 49 products per pixel at sigma 6."
     radius = min(int(4*sigma), noise.shape[-1] - 1, noise.shape[-2] - 1)
@@ -25,7 +25,7 @@ def _blurred(noise, sigma):
     kernel, noise = kernel/kernel.sum(), F.pad(noise[:, None], [radius]*4, mode="reflect")
     return F.conv2d(F.conv2d(noise, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
 
-# %% ../../nbs/data/18_augment.ipynb #a6887264
+# %% ../../nbs/data/18_augment.ipynb #dd0731e2
 def displacement(
     height: int, # Rows, in pixels
     width: int, # Columns, in pixels
@@ -44,7 +44,7 @@ def displacement(
     c, s = math.cos(math.radians(angle))/scale, math.sin(math.radians(angle))/scale
     return torch.stack([c*u + s*v - x, c*v - s*u - y])
 
-# %% ../../nbs/data/18_augment.ipynb #e98815c9
+# %% ../../nbs/data/18_augment.ipynb #651ad72d
 def warp(
     sample: dict, # `image` (c, h, w) float, and where present `mask` (h, w) and `valid` (h, w) bool; other keys are passed on
     field: Float[Tensor, "2 h w"], # From `displacement`
@@ -65,7 +65,7 @@ def warp(
     if mask is not None: result["mask"] = smooth[-1] if soft else exact[-1].to(mask.dtype)
     return result
 
-# %% ../../nbs/data/18_augment.ipynb #c1426ed0
+# %% ../../nbs/data/18_augment.ipynb #23475bbc
 def jitter_colour(
     image: Float[Tensor, "c h w"], # Standardised, or plain light if `mean` and `std` are `None`
     valid: Bool[Tensor, "h w"], # Pixels that change and that the mean grey is taken of
@@ -79,10 +79,10 @@ def jitter_colour(
 ) -> Float[Tensor, "c h w"]: # A new image; other bands and pixels that are not valid as they were
     "Change brightness, contrast and saturation of the colour bands."
     rgb = list(rgb)
-    mean, std = (torch.full((len(rgb), 1, 1), fill) if given is None else torch.as_tensor(given, dtype=image.dtype)[rgb].view(-1, 1, 1) for given, fill in ((mean, 0.), (std, 1.)))
-    weights = torch.tensor([.2989, .587, .114] if len(rgb) == 3 else [1.]).view(-1, 1, 1)
+    def per_band(values): return torch.as_tensor(values, dtype=image.dtype)[:, None, None]
+    mean, std = (fill if given is None else per_band([given[band] for band in rgb]) for given, fill in ((mean, 0.), (std, 1.)))
     light = (image[rgb]*std + mean)*brightness
-    grey = (light*weights).sum(0)
+    grey = (light*per_band([.2989, .587, .114])).sum(0) if len(rgb) == 3 else light[0]
     middle = grey[valid].mean() if valid.any() else grey.mean()
     light, grey = middle + contrast*(light - middle), middle + contrast*(grey - middle)
     if len(rgb) == 3: light = grey + saturation*(light - grey)
@@ -90,7 +90,7 @@ def jitter_colour(
     result[rgb] = torch.where(valid, (light - mean)/std, image[rgb])
     return result
 
-# %% ../../nbs/data/18_augment.ipynb #e098c56b
+# %% ../../nbs/data/18_augment.ipynb #6cc4e869
 class Augment:
     "Random variants of a sample; `augment(sample, generator)` gives a new one."
     def __init__(self,
@@ -113,19 +113,18 @@ class Augment:
         mean: Sequence[float]|None = None, # Mean of every band, by which images were standardised (`scale.mean`); `None`: they are plain light
         std: Sequence[float]|None = None, # Deviation of every band (`scale.std`)
     ):
-        if rgb is not None and (len(set(rgb)) != len(list(rgb)) or len(rgb) not in (1, 3)): raise ConfigError(f"`rgb` must be three different bands, one, or None, got {rgb}")
+        store_attr()
+        if rgb is not None and (len(rgb) not in (1, 3) or len(set(rgb)) < len(rgb)):
+            raise ConfigError(f"`rgb` must be three different bands, one, or None, got {rgb}")
         if (mean is None) != (std is None): raise ConfigError("give both `mean` and `std`, or neither")
-        settings = dict(rotate90=rotate90, hflip=hflip, vflip=vflip, affine=affine, shift=shift, scale=scale, rotate=rotate, elastic=elastic, alpha=alpha, sigma=sigma,
-                        colour=colour, brightness=brightness, contrast=contrast, saturation=saturation)
-        for name, value in settings.items():
-            high, low = dict(rotate=180., alpha=math.inf, sigma=math.inf, scale=.99).get(name, 1.), .1 if name == "sigma" else 0.
+        limits = dict(scale=(0, .99), rotate=(0, 180), alpha=(0, math.inf), sigma=(.1, math.inf))  # all others are shares
+        for name in set(vars(self)) - {"rgb", "mean", "std", "__stored_args__"}:
+            value, (low, high) = getattr(self, name), limits.get(name, (0, 1))
             if not low <= value <= high: raise ConfigError(f"`{name}` must lie from {low:g} to {high:g}, got {value}")
-        self.rgb, self.mean, self.std = None if rgb is None else tuple(rgb), mean, std
-        self.__dict__.update(settings)
 
-    def __repr__(self): return f"Augment({', '.join(f'{k}={v:g}' if isinstance(v, (int, float)) else f'{k}={v}' for k, v in self.__dict__.items())})"
+    def __repr__(self): return f"Augment({', '.join(f'{name}={value}' for name, value in self.__stored_args__.items())})"
 
-# %% ../../nbs/data/18_augment.ipynb #069e23c1
+# %% ../../nbs/data/18_augment.ipynb #5ff27a3d
 @patch
 def __call__(self: Augment,
     sample: dict, # `image` (c, h, w) float32, `mask` (h, w) int or float, `valid` (h, w) bool; other keys are passed on
@@ -137,25 +136,28 @@ def __call__(self: Augment,
     sample = _turned(sample, quarter=int(4*u[1]) if u[0] < self.rotate90 else 0, hflip=u[2] < self.hflip, vflip=u[3] < self.vflip)
     h, w = sample["image"].shape[1:]
     if u[4] < self.affine or u[9] < self.elastic:
-        def around(i, reach): return reach*(2*u[i] - 1) if u[4] < self.affine else 0.
+        def within(i, reach): return reach*(2*u[i] - 1) if u[4] < self.affine else 0.
         noise = torch.rand(2, h, w, generator=generator)*2 - 1 if u[9] < self.elastic else None
-        sample = warp(sample, displacement(h, w, shift=(around(5, self.shift*w), around(6, self.shift*h)), scale=1 + around(7, self.scale), angle=around(8, self.rotate),
-                                           noise=noise, alpha=self.alpha, sigma=self.sigma))
+        sample = warp(sample, displacement(h, w, shift=(within(5, self.shift*w), within(6, self.shift*h)), scale=1 + within(7, self.scale),
+            angle=within(8, self.rotate), noise=noise, alpha=self.alpha, sigma=self.sigma))
     if self.rgb and u[10] < self.colour:
         factors = {name: 1 + getattr(self, name)*(2*u[i] - 1) for i, name in enumerate(("brightness", "contrast", "saturation"), 11)}
         sample = dict(sample, image=jitter_colour(sample["image"], sample["valid"], self.rgb, **factors, mean=self.mean, std=self.std))
     return sample
 
-# %% ../../nbs/data/18_augment.ipynb #65a99c42
+# %% ../../nbs/data/18_augment.ipynb #7c44803a
 def _checked(sample, rgb, mean):
     "Refuse a sample that cannot be augmented."
     image = sample.get("image")
-    if not isinstance(image, Tensor) or not image.is_floating_point(): raise DataError(f"`image` must be a float tensor (c, h, w), got {type(image).__name__} {getattr(image, 'dtype', '')}")
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        raise DataError(f"`image` must be a float tensor (c, h, w), got {type(image).__name__} {getattr(image, 'dtype', '')}")
     sizes = check_shape(image, "c h w", "image")
     for name in ("mask", "valid"):
         if name in sample: check_shape(sample[name], "h w", name, h=sizes["h"], w=sizes["w"])
-    if rgb and not all(0 <= band < sizes["c"] for band in rgb): raise DataError(f"the colour bands are {rgb}, but the image has {sizes['c']} bands; set `rgb`, or leave it None")
-    if mean is not None and len(mean) != sizes["c"]: raise DataError(f"`mean` has {len(mean)} bands, the image has {sizes['c']}; give the values of all bands in their order")
+    if rgb and not all(0 <= band < sizes["c"] for band in rgb):
+        raise DataError(f"the colour bands are {rgb}, but the image has {sizes['c']} bands; set `rgb`, or leave it None")
+    if mean is not None and len(mean) != sizes["c"]:
+        raise DataError(f"`mean` has {len(mean)} bands, the image has {sizes['c']}; give the values of all bands in their order")
 
 def _turned(sample, quarter, hflip, vflip):
     "Quarter turns (half turns where the sides differ) and flips: exact, in a new sample that has `valid`."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RatioSampler']
 
-# %% ../../nbs/data/16_sampling.ipynb #4756bdad
+# %% ../../nbs/data/16_sampling.ipynb #efe5c4f2
 import math, warnings
 from typing import Iterator, Literal
 
@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from ..core import ConfigError, DataError, Ratio
 
-# %% ../../nbs/data/16_sampling.ipynb #8b8bd2d3
+# %% ../../nbs/data/16_sampling.ipynb #be223a67
 class RatioSampler(Sampler[int]):
     "Indices of positive tiles, and of empty tiles drawn beside them to a ratio."
     def __init__(self,
@@ -34,10 +34,12 @@ class RatioSampler(Sampler[int]):
     ):
         self.positives, self.empties = _pools(positive)
         self.ratio, self.ramp_to = Ratio.parse(ratio), None if ramp_to is None else Ratio.parse(ramp_to)
-        if ramp_epochs < 0 or (self.ramp_to is None) != (ramp_epochs == 0): raise ConfigError(f"a ramp needs both `ramp_to` and `ramp_epochs` of 1 or more, got {ramp_to} and {ramp_epochs}")
+        if ramp_epochs < 0 or (self.ramp_to is None) != (ramp_epochs == 0):
+            raise ConfigError(f"a ramp needs both `ramp_to` and `ramp_epochs` of 1 or more, got {ramp_to} and {ramp_epochs}")
         if ramp not in ("linear", "cosine"): raise ConfigError(f"`ramp` must be 'linear' or 'cosine', got {ramp!r}")
         if epoch_size is not None and epoch_size < 2: raise ConfigError(f"`epoch_size` must be 2 tiles or more, got {epoch_size}")
-        if (rank is None) != (world is None) or (world is not None and not 0 <= rank < world): raise ConfigError(f"give `rank` and `world` with 0 <= rank < world, or neither; got {rank} and {world}")
+        if (rank is None) != (world is None) or (world is not None and not 0 <= rank < world):
+            raise ConfigError(f"give `rank` and `world` with 0 <= rank < world, or neither; got {rank} and {world}")
         self.epoch_size, self.seed, self.ramp, self.ramp_epochs, self.rank, self.world, self.epoch = epoch_size, seed, ramp, ramp_epochs, rank, world, 0
         for epoch in {0, ramp_epochs}:
             if note := self._shortage(epoch): warnings.warn(note, stacklevel=2)
@@ -45,18 +47,20 @@ class RatioSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None: self.epoch = int(epoch)
 
     def __repr__(self):
-        change = f" to {self.ramp_to} by epoch {self.ramp_epochs} ({self.ramp})" if self.ramp_to else ""
-        return f"RatioSampler: {len(self.positives):,} positive and {len(self.empties):,} empty tiles, {self.ratio}{change}; epoch {self.epoch}: {'{:,} + {:,}'.format(*self.counts(self.epoch))} tiles"
+        (positive, empty), change = self.counts(self.epoch), f" to {self.ramp_to} by epoch {self.ramp_epochs} ({self.ramp})" if self.ramp_to else ""
+        return (f"RatioSampler: {len(self.positives):,} positive and {len(self.empties):,} empty tiles, {self.ratio}{change}; "
+                f"epoch {self.epoch} holds {positive:,} and {empty:,}")
 
-# %% ../../nbs/data/16_sampling.ipynb #5a0e9036
+# %% ../../nbs/data/16_sampling.ipynb #73558d54
 def _pools(positive):
     "Indices of the positive and of the empty tiles."
     positive = np.asarray(positive)
-    if positive.ndim != 1 or positive.dtype != bool: raise DataError(f"`positive` must be a boolean array with one value per tile, e.g. `(tiles.positive > 0)`; got {positive.dtype} {positive.shape}")
-    if not positive.any(): raise DataError(f"none of the {len(positive)} tiles holds positives, so there is nothing to learn; check labels, label column and split")
+    if positive.ndim != 1 or positive.dtype != bool:
+        raise DataError(f"`positive` must be a boolean array with one value per tile, e.g. `tiles.positive > 0`; got {positive.dtype} {positive.shape}")
+    if not positive.any(): raise DataError(f"none of the {len(positive)} tiles holds positives, so there is nothing to learn; check labels and split")
     return np.flatnonzero(positive), np.flatnonzero(~positive)
 
-# %% ../../nbs/data/16_sampling.ipynb #fb41ebc9
+# %% ../../nbs/data/16_sampling.ipynb #3167e94e
 @patch
 def ratio_at(self: RatioSampler,
     epoch: int, # Number of the epoch, from 0
@@ -93,14 +97,14 @@ def _shortage(self: RatioSampler, epoch):
         return (f"the ratio {self.ratio_at(epoch)} asks for {empty:,} empty tiles beside {positive:,} positive ones, and there are {used:,}; "
                 f"all are used, which gives {Ratio(1, used/positive)}")
 
-# %% ../../nbs/data/16_sampling.ipynb #810916d8
+# %% ../../nbs/data/16_sampling.ipynb #f0b20e8c
 @patch(as_prop=True)
 def reached(self: RatioSampler) -> Ratio:
     "The ratio that the current epoch really has."
     positive, empty = self.counts(self.epoch)
     return Ratio(self.ratio.positive, self.ratio.positive*empty/positive)
 
-# %% ../../nbs/data/16_sampling.ipynb #a3722b1f
+# %% ../../nbs/data/16_sampling.ipynb #7e9852d3
 @patch
 def indices(self: RatioSampler,
     epoch: int, # Number of the epoch, from 0
@@ -109,7 +113,7 @@ def indices(self: RatioSampler,
     rng = np.random.default_rng([self.seed % 2**32, epoch])
     return rng.permutation(np.concatenate([rng.choice(pool, n, replace=False) for pool, n in zip((self.positives, self.empties), self.counts(epoch))]))
 
-# %% ../../nbs/data/16_sampling.ipynb #9893e274
+# %% ../../nbs/data/16_sampling.ipynb #d3db27d5
 @patch
 def _place(self: RatioSampler):
     "Rank and number of processes."

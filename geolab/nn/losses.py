@@ -6,7 +6,7 @@
 __all__ = ['BinaryFocalLoss', 'BCELoss', 'FocalLoss', 'TverskyLoss', 'DiceLoss', 'CombinedLoss', 'build_loss', 'focal_inverse',
            'prior_bias', 'initialise_bias']
 
-# %% ../../nbs/nn/30_losses.ipynb #75edcc32
+# %% ../../nbs/nn/30_losses.ipynb #f0e7db89
 import inspect, math
 from typing import Literal, Sequence
 
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError
 
-# %% ../../nbs/nn/30_losses.ipynb #b4ee3260
-def _fine(ok, *problems):
-    "Raise the first problem that holds; `ok` and the problems are tests on the device, and only `ok` is waited for when all is well."
+# %% ../../nbs/nn/30_losses.ipynb #0ea2e2fb
+def _demand(ok, valid, what, low, high):
+    "Raise unless `ok`, a test on the device and all that is waited for."
     if ok: return
-    for holds, message in problems:
-        if holds(): raise DataError(message())
+    if valid is not None and not valid.any(): raise DataError("`valid` is False for every pixel of the batch; leave tiles without a valid pixel out")
+    raise DataError(f"`target` must {what}, got {low.item():g} to {high.item():g}; mark ignored pixels (255, NaN) as not valid")
 
 def _lift(x, logits, name):
     "A target or mask of the logits' shape; `(b, h, w)` beside logits `(b, 1, h, w)` gets the channel axis."
     if logits.ndim == x.ndim + 1 and logits.shape[1] == 1: x = x.unsqueeze(1)
-    if x.shape != logits.shape: raise DataError(f"`{name}` must have the shape of the logits, {tuple(logits.shape)}, or lack only a channel axis of 1; got {tuple(x.shape)}")
+    if x.shape != logits.shape:
+        raise DataError(f"`{name}` must have the shape of the logits, {tuple(logits.shape)}, or lack only a channel axis of 1; got {tuple(x.shape)}")
     return x.to(logits.device)
 
 def _float(logits):
@@ -52,9 +53,7 @@ def _pair(logits, target, valid):
         z, y = z.masked_fill(ignored, 0), y.masked_fill(ignored, 0)
     low, high = y.aminmax()
     ok = (low >= 0) & (high <= 1)  # False for NaN as well
-    _fine(ok if valid is None else ok & valid.any(),
-        (lambda: valid is not None and not valid.any(), lambda: "`valid` is False for every pixel of the batch; leave tiles without a valid pixel out"),
-        (lambda: True, lambda: f"`target` must lie in [0, 1], got {low.item():g} to {high.item():g}; mark ignored pixels (255, NaN) as not valid"))
+    _demand(ok if valid is None else ok & valid.any(), valid, "lie in [0, 1]", low, high)
     return z, y, valid
 
 def _reduce(loss, valid, reduction):
@@ -70,7 +69,7 @@ def _number(value, name, low, high=math.inf):
         raise ConfigError(f"`{name}` must be a number from {low:g} to {high:g}, got {value!r}")
     return float(value)
 
-# %% ../../nbs/nn/30_losses.ipynb #845aa276
+# %% ../../nbs/nn/30_losses.ipynb #c83c1c76
 def _focal_terms(z, y, w, gamma, soft):
     "Focal loss of each pixel and its derivative with respect to the logit."
     p = z.sigmoid()
@@ -100,7 +99,7 @@ class _Focal(torch.autograd.Function):
         if torch.is_grad_enabled(): slope = _focal_terms(z, y, w, *ctx.form)[1]  # somebody wants second derivatives
         return grad*slope, None, None, None, None
 
-# %% ../../nbs/nn/30_losses.ipynb #14ea3882
+# %% ../../nbs/nn/30_losses.ipynb #6e0860ad
 class BinaryFocalLoss(nn.Module):
     "Focal loss of one class against the rest."
     def __init__(self,
@@ -131,7 +130,7 @@ class BinaryFocalLoss(nn.Module):
         weights = "" if self.alpha is None or self.alpha in (0, 1) else f" (a positive weighs {self.alpha/(1 - self.alpha):.3g} negatives)"
         return f"alpha={self.alpha}{weights}, gamma={self.gamma:g}, reduction={self.reduction!r}, soft={self.soft!r}"
 
-# %% ../../nbs/nn/30_losses.ipynb #30cd8374
+# %% ../../nbs/nn/30_losses.ipynb #51340f95
 class BCELoss(BinaryFocalLoss):
     "Binary cross-entropy over valid pixels."
     def __init__(self,
@@ -139,7 +138,7 @@ class BCELoss(BinaryFocalLoss):
         reduction: Literal["mean", "sum", "none"] = "mean", # As in `BinaryFocalLoss`
     ): super().__init__(alpha, 0., reduction)
 
-# %% ../../nbs/nn/30_losses.ipynb #14924dde
+# %% ../../nbs/nn/30_losses.ipynb #a4affc40
 class FocalLoss(nn.Module):
     "Focal loss: binary for one `alpha`, softmax over K classes for K of them."
     def __init__(self,
@@ -169,7 +168,7 @@ class FocalLoss(nn.Module):
             loss = -self.weights.to(log_p)[target]*_still_wrong(log_p, self.gamma)*log_p
         return _reduce(loss if valid is None else loss*valid, valid, self.reduction)
 
-# %% ../../nbs/nn/30_losses.ipynb #1709c052
+# %% ../../nbs/nn/30_losses.ipynb #0c0a68e5
 def _still_wrong(log_p, gamma):
     "(1 - p)^gamma, with a finite slope at p = 1."
     return 1. if gamma == 0 else (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny).pow(gamma)
@@ -185,16 +184,14 @@ def _classes(logits, target, valid, k):
     if target.shape != (z.shape if target.is_floating_point() else pixel.shape):
         raise DataError(f"`target` must be whole numbers {tuple(pixel.shape)} or shares {tuple(z.shape)}, got {target.dtype} {tuple(target.shape)}")
     low, high = target.aminmax()
-    ok, ask = (low >= 0) & (high <= (1 if target.is_floating_point() else k - 1)), f"whole numbers 0 to {k - 1}"
+    ok, what = (low >= 0) & (high <= (1 if target.is_floating_point() else k - 1)), f"hold whole numbers 0 to {k - 1}"
     if target.is_floating_point():
-        total, ask = target.sum(1), "shares that sum to 1 over the classes"
-        ok = ok & (((total - 1).abs() < 1e-3) | (False if valid is None else ~valid)).all()
-    _fine(ok if valid is None else ok & valid.any(),
-        (lambda: valid is not None and not valid.any(), lambda: "`valid` is False for every pixel of the batch; leave tiles without a valid pixel out"),
-        (lambda: True, lambda: f"`target` must hold {ask}, got {low.item():g} to {high.item():g}; mark ignored pixels (255, NaN) as not valid"))
+        off, what = (target.sum(1) - 1).abs() > 1e-3, "hold shares that sum to 1 over the classes"
+        ok = ok & ~(off if valid is None else off & valid).any()
+    _demand(ok if valid is None else ok & valid.any(), valid, what, low, high)
     return z.log_softmax(1), target if target.is_floating_point() else target.long(), valid
 
-# %% ../../nbs/nn/30_losses.ipynb #d91a353b
+# %% ../../nbs/nn/30_losses.ipynb #3ada41a7
 class TverskyLoss(nn.Module):
     "Overlap of regions with separate weights for misses and false alarms."
     def __init__(self,
@@ -226,7 +223,7 @@ class TverskyLoss(nn.Module):
 
     def extra_repr(self): return f"fn_weight={self.fn_weight:g}, fp_weight={self.fp_weight:g}, smooth={self.smooth:g}, gamma={self.gamma:g}, per={self.per!r}"
 
-# %% ../../nbs/nn/30_losses.ipynb #5a0a1de9
+# %% ../../nbs/nn/30_losses.ipynb #24b0383e
 class DiceLoss(TverskyLoss):
     "1 - Dice coefficient of the soft masks."
     def __init__(self,
@@ -235,7 +232,7 @@ class DiceLoss(TverskyLoss):
         per: Literal["batch", "sample"] = "batch", # One overlap for the whole batch, or one per sample and their mean
     ): super().__init__(.5, .5, smooth, per=per)
 
-# %% ../../nbs/nn/30_losses.ipynb #0804f0b7
+# %% ../../nbs/nn/30_losses.ipynb #57e65f39
 class CombinedLoss(nn.Module):
     "Weighted sum of focal and Dice loss."
     def __init__(self,
@@ -260,7 +257,7 @@ class CombinedLoss(nn.Module):
 
     def extra_repr(self): return f"focal_weight={self.focal_weight:g}, dice_weight={self.dice_weight:g}"
 
-# %% ../../nbs/nn/30_losses.ipynb #86a66b8d
+# %% ../../nbs/nn/30_losses.ipynb #6b2b6206
 def build_loss(
     name: Literal["focal", "bce", "tversky", "dice", "combined"], # Which loss
     **arguments, # Its arguments, e.g. `alpha=.25, gamma=2`
@@ -273,7 +270,7 @@ def build_loss(
         if key not in allowed: raise ConfigError(f"the loss {name!r} has no argument `{key}`; it has {', '.join(allowed)}")
     return losses[name](**arguments)
 
-# %% ../../nbs/nn/30_losses.ipynb #1eaae32e
+# %% ../../nbs/nn/30_losses.ipynb #d50ae6b4
 def focal_inverse(
     q_logits: Float[Tensor, "..."]|Float[np.ndarray, "..."], # Logits of a network trained with `BinaryFocalLoss`
     alpha: float|None, # The loss's alpha, strictly between 0 and 1, or `None`
@@ -289,7 +286,7 @@ def focal_inverse(
     result = (1 + gamma)*z + shift + z.sign()*((gamma*under).log1p() - (gamma*over).log1p())
     return result if isinstance(q_logits, Tensor) else result.numpy()
 
-# %% ../../nbs/nn/30_losses.ipynb #b64e3155
+# %% ../../nbs/nn/30_losses.ipynb #b22ca0c2
 def prior_bias(
     prior: float|Sequence[float], # Share of positives, strictly between 0 and 1; or the shares of K classes, which sum to 1
 ) -> Float[Tensor, " k"]: # Biases of the last layer: (1,) or (K,)
@@ -299,7 +296,7 @@ def prior_bias(
     if not ok: raise ConfigError(f"`prior` must be a share strictly between 0 and 1, or shares of 2 or more classes that sum to 1; got {prior}")
     return (shares.logit()[None] if shares.ndim == 0 else shares.log()).float()
 
-# %% ../../nbs/nn/30_losses.ipynb #1a06db39
+# %% ../../nbs/nn/30_losses.ipynb #ebfba45a
 def initialise_bias(
     network: nn.Module, # Changed in place; its last convolution or linear layer, in the order of definition, is the head
     prior: float|Sequence[float], # As in `prior_bias`
@@ -308,6 +305,7 @@ def initialise_bias(
     layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     bias = prior_bias(prior)
     if not layers or layers[-1].bias is None: raise DataError("the network has no last layer with a bias; give its head `bias=True`")
-    if layers[-1].bias.shape != bias.shape: raise DataError(f"`prior` gives {len(bias)} bias values, but the last layer has {len(layers[-1].bias)} outputs ({layers[-1]})")
+    if layers[-1].bias.shape != bias.shape:
+        raise DataError(f"`prior` gives {len(bias)} bias values, but the last layer has {len(layers[-1].bias)} outputs ({layers[-1]})")
     with torch.no_grad(): layers[-1].bias.copy_(bias)
     return network

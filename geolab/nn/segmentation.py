@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['architectures', 'encoders', 'Segmenter', 'build_segmenter', 'describe']
 
-# %% ../../nbs/nn/34_segmentation.ipynb #56f86577
+# %% ../../nbs/nn/34_segmentation.ipynb #017390e4
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Iterable, Sequence
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, GeolabError, check_shape, nearest
 
-# %% ../../nbs/nn/34_segmentation.ipynb #75dad7ae
+# %% ../../nbs/nn/34_segmentation.ipynb #4a751fe6
 def architectures() -> list[str]: # For example `unet`, `unetplusplus`, `deeplabv3plus`
     "Names of the architectures."
     import segmentation_models_pytorch as smp
@@ -29,7 +29,7 @@ def encoders() -> list[str]: # For example `efficientnet-b7`, `mit_b0`, `tu-conv
     import segmentation_models_pytorch as smp, timm
     return sorted(smp.encoders.get_encoder_names()) + [f"tu-{name}" for name in timm.list_models()]
 
-# %% ../../nbs/nn/34_segmentation.ipynb #43886c71
+# %% ../../nbs/nn/34_segmentation.ipynb #a8f16058
 def _key(name):
     "`UNet++` -> `unetplusplus`; what does not tell two names apart is dropped."
     return re.sub("[^a-z0-9.]", "", str(name).lower().replace("+", "plus"))
@@ -40,9 +40,10 @@ def _match(name, names: Iterable[str], what):
     key, dot, tag = _key(name).partition(".")  # timm names may end in a tag of the weights, `.a1_in1k`
     if key in known and (not dot or known[key].startswith("tu-")): return known[key] + (dot and "." + str(name).partition(".")[2])
     close = [known[k] for k in ([f"tu{key}"] if f"tu{key}" in known else nearest(key, known))]
-    raise ConfigError(f"no {what} is called {name!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"`{what}s()` of geolab.nn.segmentation lists them"))
+    hint = f"did you mean {' or '.join(close)}?" if close else f"`{what}s()` of geolab.nn.segmentation lists them"
+    raise ConfigError(f"no {what} is called {name!r}; {hint}")
 
-# %% ../../nbs/nn/34_segmentation.ipynb #8e3f5a72
+# %% ../../nbs/nn/34_segmentation.ipynb #a40b6d74
 def _mirrored(image, height, width):
     "The image, continued to the right and below by mirroring; the edge row itself is not repeated."
     for axis, size in ((2, height), (3, width)):
@@ -52,7 +53,7 @@ def _mirrored(image, height, width):
         image = image.index_select(axis, torch.minimum(at, (2*n - 2 - at).abs()))
     return image
 
-# %% ../../nbs/nn/34_segmentation.ipynb #461e8e70
+# %% ../../nbs/nn/34_segmentation.ipynb #49c29bab
 class Segmenter(nn.Module):
     "A segmentation network that takes images of any height and width; made by `build_segmenter`."
     def __init__(self,
@@ -79,18 +80,19 @@ class Segmenter(nn.Module):
         try: return self.network(image)[..., :h, :w]
         except ValueError as error:
             if "more than 1 value per channel" not in str(error): raise
-            raise DataError(f"{self.arguments['architecture']} cannot train on {len(image)} image of {h} x {w}: a layer that pools the whole image has one value per channel, "
-                            "and batch normalisation needs two; use batches of 2 or more (`drop_last` for a lone last one)") from error
+            raise DataError(f"{self.arguments['architecture']} cannot train on {len(image)} image of {h} x {w}: batch normalisation needs two values per channel, "
+                "and a layer that pools the whole image has one; use batches of 2 or more (`drop_last` for a lone last one)") from error
 
     def _checked(self, image):
         h, w = (check_shape(image, "b c h w", "image", c=self.arguments["in_channels"])[side] for side in "hw")
         if not image.is_floating_point(): raise DataError(f"`image` must be floating point (standardised bands), got {image.dtype}")
         if not image.numel(): raise DataError(f"`image` is empty, {tuple(image.shape)}")
         if self.maximum and max(h, w) > self.maximum:
-            raise DataError(f"{self.arguments['encoder']} was built for images of up to {self.maximum} x {self.maximum}, got {h} x {w}; build it with `input_size={max(h, w)}`, or cut smaller tiles")
+            raise DataError(f"{self.arguments['encoder']} was built for images of up to {self.maximum} x {self.maximum}, got {h} x {w}; "
+                f"build it with `input_size={max(h, w)}`, or cut smaller tiles")
         return h, w
 
-# %% ../../nbs/nn/34_segmentation.ipynb #28af4b9c
+# %% ../../nbs/nn/34_segmentation.ipynb #a382d9f0
 @torch.no_grad()
 def _sides(network, in_channels, own):
     "`(minimum, multiple, maximum)` that a network takes; `own` is the size that the encoder was made for, or None."
@@ -107,7 +109,7 @@ def _sides(network, in_channels, own):
     network.train(training)
     return minimum, multiple or minimum, None if multiple else minimum
 
-# %% ../../nbs/nn/34_segmentation.ipynb #b5ec766b
+# %% ../../nbs/nn/34_segmentation.ipynb #ce199e49
 def _reachable(url, seconds=5):
     "Does a server answer? Follows the proxies of the environment."
     try: urlopen(Request(url, method="HEAD"), timeout=seconds).close()
@@ -130,10 +132,11 @@ def _weights(encoder, weights):
     if not weights: return None
     if encoder.startswith("tu-"): return True
     weights, known = "imagenet" if weights is True else weights, list(smp.encoders.encoders[encoder]["pretrained_settings"])
-    if weights not in known: raise ConfigError(f"{encoder} has no weights called {weights!r}; there are {', '.join(known) or 'none'}; `None` starts from random weights")
+    if weights not in known:
+        raise ConfigError(f"{encoder} has no weights called {weights!r}; there are {', '.join(known) or 'none'}; `None` starts from random weights")
     return weights
 
-# %% ../../nbs/nn/34_segmentation.ipynb #ddc11de6
+# %% ../../nbs/nn/34_segmentation.ipynb #27b6152a
 def _made_for(encoder, side):
     "Own size of an encoder that was made for one, and the ways to build it, best first; `(None, [{}])` for all others."
     import timm
@@ -152,7 +155,7 @@ def _build(architecture, encoder, in_channels, classes, side, weights):
         except TypeError as error:
             if i + 1 == len(ways) or not any(option in str(error) for option in way): raise
 
-# %% ../../nbs/nn/34_segmentation.ipynb #4cb31d11
+# %% ../../nbs/nn/34_segmentation.ipynb #1f128b04
 def build_segmenter(
     architecture: str, # `unet`, `unet++`, `deeplabv3+`, `fpn`, `segformer`, ...; see `architectures`
     encoder: str, # `efficientnet-b7`, `resnet18`, `tu-convnext_tiny`, ...; see `encoders`
@@ -172,18 +175,21 @@ def build_segmenter(
     arguments = dict(architecture=architecture, encoder=encoder, in_channels=in_channels, classes=classes, input_size=sides.pop())
     weights = _weights(encoder, encoder_weights)
     try:
-        if not weights: network, own = _build(architecture, encoder, in_channels, classes, arguments["input_size"], None)
-        else:
-            with _hub_or_cache(): network, own = _build(architecture, encoder, in_channels, classes, arguments["input_size"], weights)
+        with _hub_or_cache() if weights else nullcontext(): network, own = _build(architecture, encoder, in_channels, classes, arguments["input_size"], weights)
         return Segmenter(network, arguments, *_sides(network, in_channels, own))
-    except OSError as error:
-        if not weights: raise
-        raise GeolabError(f"the pretrained weights of {encoder} are neither on this machine nor to be had from the hub ({error}); leave `encoder_weights=None` to start from random weights, or fetch them "
-                          "once where there is a network and set the environment variable HF_HOME to that cache") from error
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{architecture} cannot be built on the encoder {encoder}: {error or type(error).__name__}; unet goes with most encoders, resnet and efficientnet with all architectures but dpt") from error
+    except Exception as error: raise _explained(error, architecture, encoder, weights) from error
 
-# %% ../../nbs/nn/34_segmentation.ipynb #b86f5a3b
+# %% ../../nbs/nn/34_segmentation.ipynb #84d14170
+def _explained(error, architecture, encoder, weights):
+    "The error of another library as ours: the pair does not fit, or the weights are out of reach."
+    if isinstance(error, (AssertionError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(error, OSError):
+        return ConfigError(f"{architecture} cannot be built on the encoder {encoder}: {error or type(error).__name__}; "
+            "unet goes with most encoders, and resnet or efficientnet with all architectures but dpt")
+    if not weights: return error
+    return GeolabError(f"the pretrained weights of {encoder} are neither on this machine nor to be had from the hub ({error}); leave `encoder_weights=None` "
+        "to start from random weights, or fetch them once where there is a network and set the environment variable HF_HOME to that cache")
+
+# %% ../../nbs/nn/34_segmentation.ipynb #06b2406e
 def describe(
     network: Segmenter, # From `build_segmenter`
 ) -> dict: # Plain values
