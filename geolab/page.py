@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'CSS', 'POLICY', 'Html', 'tag', 'Missing', 'pick', 'show', 'percent', 'facts', 'absent', 'table',
-           'picture', 'figure', 'plot_columns', 'read_overview', 'plot_map', 'sample_panels', 'html_page']
+           'picture', 'encode', 'figure', 'plot_columns', 'read_overview', 'plot_map', 'bright_end', 'sample_panels',
+           'html_page']
 
-# %% ../nbs/79_page.ipynb #2066c623
+# %% ../nbs/79_page.ipynb #01c6c0dc
 import base64, html, io, math
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from .core import atomic_file
 
-# %% ../nbs/79_page.ipynb #1db23373
+# %% ../nbs/79_page.ipynb #060f4a91
 class Html(str):
     "Finished markup; any other text is escaped when it enters an element."
 
@@ -34,7 +35,7 @@ def tag(
     pairs = "".join(f' {k.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None)
     return Html(f"<{name}{pairs}>" if name in ("img", "meta") else f"<{name}{pairs}>{_inside(children)}</{name}>")
 
-# %% ../nbs/79_page.ipynb #6cf210be
+# %% ../nbs/79_page.ipynb #a60f31c9
 class Missing(str):
     "Why a value is not given."
 
@@ -50,7 +51,7 @@ def pick(
     if values is None or isinstance(values, float) and not math.isfinite(values): return Missing(reason or f"{path[-1]} was not recorded")
     return values
 
-# %% ../nbs/79_page.ipynb #41cc592e
+# %% ../nbs/79_page.ipynb #a5929c58
 def show(
     value: Any, # Number, text, list, `None` or `Missing`
 ) -> Html: # Markup
@@ -73,7 +74,7 @@ def percent(
     "A share in percent."
     return value if isinstance(value, Missing) else f"{100*value:.{digits}f}\u00a0%"
 
-# %% ../nbs/79_page.ipynb #b853b225
+# %% ../nbs/79_page.ipynb #6074d866
 def facts(pairs: dict[str, Any]) -> Html:
     "Names and values."
     return tag("dl", [tag("div", tag("dt", k), tag("dd", show(v))) for k, v in pairs.items()])
@@ -104,7 +105,7 @@ def table(
     inside = tag("table", tag("caption", tag("span", caption)), tag("thead", tag("tr", top)), tag("tbody", body))
     return tag("div", inside, class_="wide", role="region", aria_label=caption, tabindex=0)
 
-# %% ../nbs/79_page.ipynb #c9483506
+# %% ../nbs/79_page.ipynb #016133ae
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart without colour vision
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": ".4", "legend.frameon": False, "lines.linewidth": 1.4,
          "image.interpolation": "nearest"}
@@ -119,6 +120,16 @@ def picture(
     "An image inside the page."
     img = tag("img", src=f"data:image/{kind};base64,{base64.b64encode(data).decode()}", alt=alt, width=width)
     return tag("figure", img, tag("figcaption", caption) if caption else None)
+
+def encode(
+    pixels: UInt8[np.ndarray, "h w 3"], # Red, green, blue
+    form: str = "JPEG", # Or "PNG"
+) -> bytes: # An image file
+    "Pixels as an image file."
+    from PIL import Image
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, form, **({"quality": 88, "subsampling": 0} if form == "JPEG" else {}))
+    return data.getvalue()
 
 def figure(
     folder: Path, # Gets `figures/<name>.png`
@@ -135,14 +146,14 @@ def figure(
     with rc_context(STYLE | {"axes.prop_cycle": cycler(color=COLOURS), "svg.hashsalt": name}):
         fig = Figure(figsize=size, dpi=144, layout="constrained")
         draw(fig.subplots())
-        fig.savefig(png, format="png", metadata={"Software": None})
+        fig.savefig(png, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=.04)
         fig.set_layout_engine("none")  # the same layout again
-        fig.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        fig.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), bbox_inches="tight", pad_inches=.04)
     with atomic_file(folder/"figures"/f"{name}.png") as aside: aside.write_bytes(png.getvalue())
     data, kind = (svg, "svg+xml") if svg.tell() < max(60_000, 1.5*png.tell()) else (png, "png")
-    return picture(data.getvalue(), kind, alt, caption, round(96*size[0]))
+    return picture(data.getvalue(), kind, alt, caption, round(int.from_bytes(png.getvalue()[16:20])*96/144))  # the width stands there in a PNG file
 
-# %% ../nbs/79_page.ipynb #bcf7d1f1
+# %% ../nbs/79_page.ipynb #199e62f7
 def _axes(ax):
     if ax is not None: return ax
     import matplotlib.pyplot as plt
@@ -162,7 +173,7 @@ def plot_columns(
     if len(names) > 1: ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/79_page.ipynb #f7f143ba
+# %% ../nbs/79_page.ipynb #4e83b822
 def read_overview(
     path: Path|str, # A probability map
     side: int = 900, # Longest side of the result, in pixels
@@ -180,16 +191,18 @@ def plot_map(
     bounds: tuple[float, float, float, float], # Left, bottom, right, top, in CRS units
     crs: Any, # A rasterio CRS
     polygons: Any = None, # GeoDataFrame to outline, in any CRS
+    bright: float = 1., # Probability at the bright end of the colours
     ax = None, # Axes; `None` makes a figure
 ): # The axes
     "A probability map with the outlines of what was found."
+    from matplotlib.collections import LineCollection
     ax = _axes(ax)
     across, up, unit, by = ("longitude", "latitude", "degrees", 1) if crs.is_geographic else ("easting", "northing", "km", 1000/crs.linear_units_factor[1])
     left, bottom, right, top = (v/by for v in bounds)
     aspect = 1/np.cos(np.radians((top + bottom)/2)) if crs.is_geographic else 1
     ax.set_facecolor(".85")
-    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1, extent=(left, right, bottom, top), aspect=aspect)
-    for x, y in _rings(polygons, crs): ax.plot(x/by, y/by, color=COLOURS[1], lw=1.1)
+    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=bright, extent=(left, right, bottom, top), aspect=aspect)
+    ax.add_collection(LineCollection([ring/by for ring in _rings(polygons, crs)], colors=COLOURS[1], linewidths=1.1))
     ax.ticklabel_format(useOffset=False, style="plain")
     ax.locator_params(nbins=4)
     ax.set(xlim=(left, right), ylim=(bottom, top), xlabel=f"{across}, {unit}", ylabel=f"{up}, {unit}")
@@ -198,17 +211,26 @@ def plot_map(
 
 def _rings(polygons, crs):
     "Coordinates of the outer rings, in the CRS of the map."
-    if polygons is None or not len(polygons): return
+    if polygons is None or not len(polygons): return []
     from shapely import get_coordinates
-    for ring in polygons.to_crs(crs.to_wkt()).geometry.explode(index_parts=False).exterior: yield get_coordinates(ring).T
+    return [get_coordinates(ring) for ring in polygons.to_crs(crs.to_wkt()).geometry.explode(index_parts=False).exterior]
 
-# %% ../nbs/79_page.ipynb #223bff3a
+# %% ../nbs/79_page.ipynb #c7cd2db4
+def bright_end(
+    arrays: Iterable[Float[np.ndarray, "..."]], # Probabilities that share one colour bar; NaN is left out
+) -> float: # 1, or the largest of them to one digit
+    "Probability at the bright end of the colours."
+    most = max((float(np.nanmax(a)) for a in arrays if np.isfinite(a).any()), default=1.)
+    return 1. if most > .5 or most <= 0 else math.ceil(most*10**-(e := math.floor(math.log10(most))))*10**e
+
+# %% ../nbs/79_page.ipynb #cbc2499b
 def sample_panels(
     image: UInt8[np.ndarray, "3 h w"], # Red, green, blue
     truth: UInt8[np.ndarray, "h w"], # Above 0 where the labels are positive
     probability: Float[np.ndarray, "h w"], # Calibrated probabilities
     valid: Bool[np.ndarray, "h w"], # Grey elsewhere
     threshold: float|None = None, # Outlines probabilities at or above; `None` outlines nothing
+    bright: float = 1., # Probability at the bright end of the colours
     side: int = 200, # Larger samples are shrunk by a whole number to at most this, smaller ones enlarged, in pixels
 ) -> UInt8[np.ndarray, "height width 3"]: # Image, labels, probability side by side
     "One sample for the eye."
@@ -222,7 +244,7 @@ def sample_panels(
     known, score = fit(valid, np.min), fit(np.nan_to_num(probability.astype(np.float32)), np.max)
     grey = np.repeat(.3 + .6*rgb.mean(-1, keepdims=True), 3, -1)
     labels = np.where((fit(truth, np.max) > 0)[..., None], colors.to_rgb(COLOURS[5]), grey)
-    shown = colormaps["cividis"](score)[..., :3]
+    shown = colormaps["cividis"](score/bright)[..., :3]
     if threshold is not None: shown[_edge(score >= threshold)] = colors.to_rgb(COLOURS[1])
     panels = [np.where(known[..., None], x, .85) for x in (rgb, labels, shown)]
     gap = np.ones((len(rgb), 4, 3))
@@ -233,7 +255,7 @@ def _edge(mask):
     p = np.pad(mask, 1, mode="edge")
     return mask & ~(p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:])
 
-# %% ../nbs/79_page.ipynb #b4c08f73
+# %% ../nbs/79_page.ipynb #a5cd9319
 CSS = """
 :root{--ink:#1c2126;--soft:#59636e;--line:#d5dbe1;--link:#0b5c8f}
 *{box-sizing:border-box}
@@ -271,7 +293,7 @@ h2,section>p{break-after:avoid}figure,tr,dl,.wide{break-inside:avoid}section{mar
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-# %% ../nbs/79_page.ipynb #b370c8ef
+# %% ../nbs/79_page.ipynb #8ea589fb
 def html_page(
     title: str, # Of the page
     parts: Iterable[tuple[str, str, Any]], # Anchor, heading and elements of each part

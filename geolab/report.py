@@ -7,25 +7,25 @@ __all__ = ['NAMES', 'SECTIONS', 'RunFiles', 'verdict', 'part_result', 'part_data
            'part_precision', 'part_thresholds', 'part_calibration', 'part_objects', 'part_samples', 'part_map',
            'part_files', 'part_use', 'build_report']
 
-# %% ../nbs/80_report.ipynb #74e9169e
-import io
+# %% ../nbs/80_report.ipynb #9ed9f3ff
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from .core import DataError, RunError, atomic_file, load_yaml, read_json, sha256_of
+from .core import ConfigError, DataError, Ratio, RunError, atomic_file, load_yaml, read_json, sha256_of
 from .data.splits import Split, plot_split
 from .evaluation.calibration import Calibrator, plot_reliability, reliability
 from .evaluation.metrics import PRCurve, plot_pr, pr_curve
 from .evaluation.scores import load_scores
 from .evaluation.thresholds import plot_prevalence, precision_over_prevalence
 from .page import Html, Missing, absent, facts, figure, html_page, percent, pick, picture, show, table, tag
-from .page import plot_columns, plot_map, read_overview, sample_panels
+from .page import bright_end, encode, plot_columns, plot_map, read_overview, sample_panels
 from .training.fit import plot_history
 
-# %% ../nbs/80_report.ipynb #83b45e51
+# %% ../nbs/80_report.ipynb #c0026b41
 class RunFiles:
     "Reads the files of one run folder."
     def __init__(self,
@@ -56,7 +56,7 @@ class RunFiles:
         at = found.get(found.get("chosen"))
         return at if isinstance(at, dict) else {"reason": found.get("reason") or "no threshold was chosen"}
 
-# %% ../nbs/80_report.ipynb #209a4446
+# %% ../nbs/80_report.ipynb #be360258
 NAMES = dict(pixel_logistic="a logistic regression on single pixels", chance="guessing at random", always_negative="never flagging anything",
              always_positive="flagging everything")
 
@@ -64,17 +64,21 @@ def _contest(metrics):
     "One sentence on the detector and its best rival."
     ap, rivals = pick(metrics, "test", "average_precision"), pick(metrics, "baselines")
     if isinstance(ap, Missing): return f"Its average precision is unknown: {ap}."
-    known = {k: pick(rivals, k, "average_precision") for k in rivals} if isinstance(rivals, dict) else {}
-    known = {k: v for k, v in known.items() if isinstance(v, float)}
+    known = {k: v for k in rivals if isinstance(v := pick(rivals, k, "average_precision"), float)} if isinstance(rivals, dict) else {}
     if not known: return f"Its average precision is {ap:.2f}; no baseline was measured beside it."
     name = max(known, key=known.get)
     low = pick(metrics, "test", "interval", "average_precision")
-    won = ("the baseline wins, and the detector does not earn its cost" if known[name] >= ap else
-           "the detector is ahead, but its interval reaches down to the baseline" if not isinstance(low, Missing) and low[0] <= known[name] else
-           "the detector wins")
+    if known[name] >= ap: won = "the baseline wins, and the detector does not earn its cost"
+    elif isinstance(low, Missing): won = f"the detector is ahead; how surely cannot be said ({low})"
+    else: won = "the detector wins" if low[0] > known[name] else "the detector is ahead, but its interval reaches down to the baseline"
     return f"Its average precision is {ap:.2f}, that of {NAMES.get(name, name)} {known[name]:.2f}: {won}."
 
-def _ratio_name(key): return {"observed": "the ratio of the blocks themselves", "best f0.5": "best F0.5"}.get(key, key)
+def _ratio_name(key): return {"observed": "the ratio of the blocks themselves", "best f0.5": "the best F0.5"}.get(key, key)
+
+def _rarity(key):
+    "Negatives per positive of a ratio; other keys come first."
+    try: return 1/Ratio.parse(key).prevalence
+    except ConfigError: return 0
 
 def _trust(thresholds, key, why):
     "How far the threshold of a ratio is to be trusted; `why` says why nothing can be certified."
@@ -85,7 +89,7 @@ def _trust(thresholds, key, why):
         return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 7\u00a0%)."
     return f"is not certified: {(why or at.get('reason') or 'it is a point estimate').rstrip('.')}."
 
-# %% ../nbs/80_report.ipynb #973b907a
+# %% ../nbs/80_report.ipynb #e4df8134
 def verdict(
     run: RunFiles, # A run
 ) -> list[str]: # Plain sentences
@@ -104,7 +108,7 @@ def verdict(
     says += [f"The threshold for {goal} at {wanted} {_trust(thresholds, wanted, why)}"]
     return says + ([f"The map is drawn with another one, for {_ratio_name(drawn)}; it {_trust(thresholds, drawn, why)}"] if drawn not in (None, wanted) else [])
 
-# %% ../nbs/80_report.ipynb #083c6e58
+# %% ../nbs/80_report.ipynb #3b3bce31
 def _listed(paths):
     names = [Path(p).name for p in paths]
     return f"{len(names)} files, {names[0]} to {names[-1]}" if len(names) > 3 else ", ".join(names)
@@ -121,10 +125,10 @@ def part_result(run: RunFiles) -> list[Html]:
         "Labels": Path(data["labels"]).name if data.get("labels") else "of the made world",
         "Network": f"{c['architecture']}, encoder {c.get('backbone')}" if "architecture" in c else pick(model, "architecture"),
         "Bands": pick(model, "scale", "bands"), "Pixel side": side if isinstance(side, Missing) else f"{side:g} (units of the CRS)",
-        "Finished": finished[:16].replace("T", " ") or pick(log, "finished"),
+        "Finished": finished[:16].replace("T", " ") + " UTC" if finished else pick(log, "finished"),
         "Computing time": (f"{seconds/60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s") if done else pick(log, "seconds")})]
 
-# %% ../nbs/80_report.ipynb #d67c3076
+# %% ../nbs/80_report.ipynb #da7eee8c
 def part_data(run: RunFiles) -> list[Html]:
     "Audit of the labels, and what rules reach that look at nothing."
     audit, m = run.json("audit.json"), run.json("metrics.json")
@@ -151,16 +155,18 @@ def part_split(run: RunFiles) -> list[Html]:
     split = Split.load(run.path/"split.json")
     ends = split.blocks.groupby("scene")[["row1", "col1"]].max()
     scenes = [SimpleNamespace(id=s, labels=None, info=SimpleNamespace(height=e.row1, width=e.col1, transform=None)) for s, e in ends.iterrows()]
+    across = math.ceil(math.sqrt(len(scenes)))
+    tall = math.ceil(len(scenes)/across)*ends.row1.max()/(across*ends.col1.max())
     keys = {"blocks": "blocks", "positive_blocks": "with positives", "tiles": "tiles", "positive_tiles": "with positives", "empty_tiles": "empty",
             "pixels": "pixels", "positive_pixels": "positive pixels"}
     cells = [[name, *(pick(n, k) for k in keys)] for name, n in split.certificate["parts"].items()]
     return [*(tag("p", text) for text in [split.summary(), *(split.certificate.get("notes") or [])]),
         figure(run.path, "split", lambda ax: plot_split(split, scenes, ax).set_anchor("W"),
             "Blocks by part, with their tiles; dots are tiles with positives. The ground between parts is the dead zone.",
-            f"Map of {len(split.blocks)} blocks in {len(scenes)} scenes, coloured by part.", (6.2, 4.2)),
+            f"Map of {len(split.blocks)} blocks in {len(scenes)} scenes, coloured by part.", (6.2, min(6.5, 4.2*tall + .7))),
         table("The certificate: what each part holds, counted on the final windows.", ["part", *keys.values()], cells)]
 
-# %% ../nbs/80_report.ipynb #eaf72307
+# %% ../nbs/80_report.ipynb #8cfcfad3
 def part_training(run: RunFiles) -> list[Html]:
     "Learning curves."
     history, stop = run.json("history.json"), run.config.get("early_stopping_metric", "val_loss")
@@ -177,7 +183,7 @@ def part_training(run: RunFiles) -> list[Html]:
         one("learning_rate", lambda ax: plot_columns(history, ["lr"], best, ax).set(ylabel="learning rate"), "Learning rate by epoch.", "Learning rate")],
         class_="row")]
 
-# %% ../nbs/80_report.ipynb #5240b13e
+# %% ../nbs/80_report.ipynb #5766da47
 def _curve(hist, ratio, unit):
     try: return pr_curve(hist, ratio, unit, band=None if ratio else .95)
     except DataError as error: return PRCurve(np.zeros(0), None, np.zeros(0), None, None, str(error))
@@ -192,8 +198,9 @@ def part_precision(run: RunFiles) -> list[Html]:
     "Precision and recall on the test blocks, as measured and at stated ratios."
     metrics, hist, unit, logit = run.json("metrics.json"), run.scores(), run.config.get("ratio_unit", "tile"), run.threshold.get("logit")
     test = metrics.get("test") or {"reason": pick(metrics, "test")}
-    at, share, interval = test.get("at_ratio") or {}, percent(pick(test, "positive_fraction"), 2), pick(test, "interval", "average_precision")
-    keys = {"average_precision": "average precision", "precision": "precision", "recall": "recall", "iou": "IoU", "f0.5": "F0.5"}
+    at = {k: test["at_ratio"][k] for k in sorted(test.get("at_ratio") or {}, key=_rarity)}
+    share, interval = percent(pick(test, "positive_fraction"), 2), pick(test, "interval", "average_precision")
+    keys = {"recall": "recall", "average_precision": "average precision", "precision": "precision", "iou": "IoU", "f0.5": "F0.5"}
     first = "as measured" if isinstance(share, Missing) else f"as measured, {share} positive"
     sides = "positive to negative pixels" if unit == "pixel" else "tiles with positives to empty tiles"
     confidence = percent(pick(test, "interval", "confidence"))
@@ -208,13 +215,14 @@ def part_precision(run: RunFiles) -> list[Html]:
                f"The band holds 95\u00a0% of the curves of redrawn blocks; {mark}")
     draw = lambda ax: plot_pr(drawn, dict.fromkeys(drawn, logit), ax)
     plot = [figure(run.path, "pr", draw, caption, f"Precision-recall curves: {', '.join(drawn)}.")] if drawn else []
-    return plot + [absent(f"No curve at {k}: {v.reason}.") for k, v in curves.items() if v.precision is None] + [numbers]
+    lost = {v.reason: [k for k in curves if curves[k].reason == v.reason] for v in curves.values() if v.precision is None}
+    return plot + [absent(f"No curve at {', '.join(names)}: {reason}.") for reason, names in lost.items()] + [numbers]
 
-# %% ../nbs/80_report.ipynb #ee47792a
+# %% ../nbs/80_report.ipynb #e3f4c296
 def part_thresholds(run: RunFiles) -> list[Html]:
     "The threshold of each ratio, and what it promises."
     found = run.json("threshold.json")
-    per = {k: v for k, v in found.items() if isinstance(v, dict) and "target_precision" in v}
+    per = {k: v for k, v in sorted(found.items(), key=lambda kv: _rarity(kv[0])) if isinstance(v, dict) and "target_precision" in v}
     if not per: return [absent(f"No thresholds: {pick(found, 'thresholds')}.")]
     def row(key, t):
         name = _ratio_name(key) + (" (map)" if key == found.get("chosen") else "")
@@ -261,55 +269,50 @@ def part_objects(run: RunFiles) -> list[Html]:
     return [table(f"Connected objects on the map of the test blocks, matched one to one with the labelled ones.{rule}",
                   ["objects", *(v for k, v in names.items() if k in found)], [["test blocks", *(pick(found, k) for k in names if k in found)]])]
 
-# %% ../nbs/80_report.ipynb #ee7574fb
-def _encoded(pixels, form, **options):
-    from PIL import Image
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, form, **options)
-    return data.getvalue()
-
+# %% ../nbs/80_report.ipynb #f6c1d3e1
 def part_samples(run: RunFiles) -> list[Html]:
     "Tiles that went well, badly and as usual."
     if not (run.path/"samples.npz").is_file(): return [absent("No samples: samples.npz is not in the run folder.")]
     with np.load(run.path/"samples.npz", allow_pickle=False) as kept: samples = [dict(zip(kept.files, row)) for row in zip(*kept.values())]
     if not samples: return [absent("No samples: no test tile holds positives.")]
     level, order, out, strips = run.threshold.get("probability"), ["best", "typical", "worst"], [], []
+    top = bright_end(s["probability"][s["valid"].astype(bool)].astype(np.float32) for s in samples)
     for s in sorted(samples, key=lambda s: order.index(s["labels"]) if s["labels"] in order else len(order))[:9]:
         valid, truth, p = s["valid"].astype(bool), s["truth"] > 0, s["probability"].astype(np.float32)
-        strips.append(sample_panels(s["images"], truth, p, valid, level))
+        strips.append(sample_panels(s["images"], truth, p, valid, level, top))
         counts = [show(int((truth & valid).sum())), " positive pixels"]
         if level is not None:
             flagged = (p >= level) & valid
             counts += [", ", show(int((flagged & truth).sum())), " found, ", show(int((flagged & ~truth).sum())), " false"]
-        out.append(picture(_encoded(strips[-1], "JPEG", quality=88, subsampling=0), "jpeg", f"{s['labels']} tile {s['ids']}: image, labels, probability.",
+        out.append(picture(encode(strips[-1]), "jpeg", f"{s['labels']} tile {s['ids']}: image, labels, probability.",
                            [tag("b", s["labels"]), f" {s['ids']}: ", *counts]))
     sheet = np.concatenate([np.pad(x, ((0, 6), (0, 0), (0, 0)), constant_values=255) for x in strips])
-    with atomic_file(run.path/"figures"/"samples.png") as aside: aside.write_bytes(_encoded(sheet, "PNG"))
-    text = ("Each tile three times: the image; the labels in blue; the probability from 0 (dark) to 1 (yellow), with an orange outline around what the "
-            "threshold flags. Grey holds no data.")
+    with atomic_file(run.path/"figures"/"samples.png") as aside: aside.write_bytes(encode(sheet, "PNG"))
+    text = f"Each tile as image, labels (blue) and probability, from 0 (dark) to {top:g} (yellow); orange encloses what the threshold flags, grey holds no data."
     return [tag("p", text), tag("div", out, class_="grid fill")]
 
 def part_map(run: RunFiles, most: int = 6) -> list[Html]:
     "The maps, with what was found."
     import geopandas
-    paths, vectors = sorted((run.path/"map").glob("*_probability.tif")), sorted((run.path/"map").glob("polygons*.parquet"))
+    paths, vectors = (sorted((run.path/"map").glob(g)) for g in ("*_probability.tif", "polygons*.parquet"))
     if not paths: return [absent("No map: there is no *_probability.tif in the folder map.")]
     found = [geopandas.read_parquet(p) for p in vectors]
-    def one(path):
-        values, bounds, crs = read_overview(path, 900 if len(paths) == 1 else 500)
-        scene, wide = path.stem.removesuffix("_probability"), 6.4 if len(paths) == 1 else 4.2
+    maps = {p.stem.removesuffix("_probability"): read_overview(p, 900 if len(paths) == 1 else 500) for p in paths[:most]}
+    top, wide = bright_end(values for values, _, _ in maps.values()), 6.4 if len(paths) == 1 else 4.2
+    def one(scene, values, bounds, crs):
         mine = max([p[p.scene == scene] if "scene" in p else p for p in found], key=len, default=None)
         text = scene if mine is None else f"{scene}: {len(mine)} polygons"
-        tall = min(1.4, max(.4, values.shape[0]/values.shape[1]))
-        draw = lambda ax: plot_map(values, bounds, crs, mine, ax).set_anchor("W")
-        return figure(run.path, f"map_{scene}", draw, f"{text}.", f"Probability map of {text}.", (wide, .8*wide*tall + .5))
+        draw = lambda ax: plot_map(values, bounds, crs, mine, top, ax).set_anchor("W")
+        size = (wide, (wide - 1.6)*min(1.5, max(.4, values.shape[0]/values.shape[1])) + .6)
+        return figure(run.path, f"map_{scene}", draw, f"{text}.", f"Probability map of {text}.", size)
     area = sum(float(p.area_m2.sum()) for p in found if "area_m2" in p)/1e4
     text = ["outlined in orange is what lies at or above the threshold: ", show(sum(map(len, found))), " polygons, ", show(area), " ha."] if vectors else [
             "no outlines: there is no polygons.parquet in the folder map."]
-    return [tag("p", "Calibrated probability; ", text), tag("div", [one(p) for p in paths[:most]], class_="grid" if len(paths) > 1 else None),
+    plots = [one(name, *read) for name, read in maps.items()]
+    return [tag("p", "Calibrated probability; ", text), tag("div", plots, class_="grid" if len(plots) > 1 else None),
             absent(f"{len(paths) - most} more maps are in the folder map.") if len(paths) > most else None]
 
-# %% ../nbs/80_report.ipynb #5fdd954d
+# %% ../nbs/80_report.ipynb #d027a674
 def part_files(run: RunFiles) -> list[Html]:
     "Sizes and hashes."
     left_out = ("report.html", "stages.json", "figures")   # made from this page, or after it
@@ -329,12 +332,12 @@ def part_use(run: RunFiles) -> list[Html]:
     return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", python), tabindex=0), tag("p", "In a shell:"),
             tag("pre", tag("code", f"geolab predict {name} image.tif map.tif --polygons"), tabindex=0), tag("p", needs) if needs else None]
 
-# %% ../nbs/80_report.ipynb #5a1587b8
+# %% ../nbs/80_report.ipynb #2a89821a
 SECTIONS = (
-    ("result", "Result", part_result), ("data", "Labels and baselines", part_data), ("split", "Split", part_split),
-    ("training", "Training", part_training), ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds),
-    ("calibration", "Calibration", part_calibration), ("objects", "Objects", part_objects), ("samples", "Sample tiles", part_samples),
-    ("map", "Map", part_map), ("files", "Files", part_files), ("use", "How to use it", part_use))
+    ("result", "Result", part_result), ("data", "Labels and baselines", part_data), ("split", "Split", part_split), ("training", "Training", part_training),
+    ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("calibration", "Calibration", part_calibration),
+    ("objects", "Objects", part_objects), ("samples", "Sample tiles", part_samples), ("map", "Map", part_map), ("files", "Files", part_files),
+    ("use", "How to use it", part_use))
 
 def build_report(
     run_folder: Path|str, # A run folder, finished or not
