@@ -6,7 +6,7 @@
 __all__ = ['PART_COLOURS', 'Audit', 'audit_labels', 'label_range', 'Frame', 'measure_windows', 'Split', 'make_split',
            'plot_split']
 
-# %% ../../nbs/data/13_splits.ipynb #7fbcb675
+# %% ../../nbs/data/13_splits.ipynb #658b456b
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,7 +27,7 @@ from ..core import ConfigError, DataError, RunError, SplitError, progress, read_
 from .raster import Scene, rasterise
 from .tiles import tile_index, tile_origins
 
-# %% ../../nbs/data/13_splits.ipynb #e786e61c
+# %% ../../nbs/data/13_splits.ipynb #16fa2a41
 @dataclass
 class Audit:
     "What there is to learn from, per scene and in all."
@@ -54,7 +54,7 @@ class Audit:
             raise DataError(f"no positive pixel among {self.total['valid']:,} valid ones, so nothing can be learned; " + (" ".join(self.notes) or "check that labels and images belong together"))
         return self
 
-# %% ../../nbs/data/13_splits.ipynb #c5e2c75e
+# %% ../../nbs/data/13_splits.ipynb #eff77b84
 def _without_pixel(scene):
     "Polygons so small that no pixel centre lies in them."
     if scene.labels is None: return 0
@@ -87,7 +87,7 @@ def audit_labels(
     if not total["positive"] and any(s.label_raster is not None and s.positive is None for s in scenes): notes.append("in a mask 255 means unknown; where it stands for the class, say positive=255.")
     return Audit(table, total, notes).check()
 
-# %% ../../nbs/data/13_splits.ipynb #02c657ba
+# %% ../../nbs/data/13_splits.ipynb #1756d801
 def _pairs(x, axis, max_lag):
     "Pairs of set pixels at each distance along an axis."
     lines, n = x if axis else x.T, x.shape[axis] + max_lag
@@ -118,7 +118,7 @@ def label_range(
     reach = max(int(np.argmax(curve < level)) if (curve < level).any() else max_lag for curve in curves)
     return reach, pd.DataFrame(dict(lag=lags, along_columns=curves[0], along_rows=curves[1]))
 
-# %% ../../nbs/data/13_splits.ipynb #e7d3646f
+# %% ../../nbs/data/13_splits.ipynb #ab83d37e
 @lru_cache(maxsize=256)
 def _transformer(source, target): return pyproj.Transformer.from_crs(source, target, always_xy=True)
 
@@ -165,7 +165,7 @@ def _rectangle(frame, box, height, width):
     (col0, row0), (col1, row1) = (max(0, math.ceil(v - 1e-6)) for v in inside[:2]), (min(side, math.floor(v + 1e-6)) for v, side in zip(inside[2:], (width, height)))
     return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
 
-# %% ../../nbs/data/13_splits.ipynb #37686e7d
+# %% ../../nbs/data/13_splits.ipynb #6fa5df2f
 @dataclass
 class _Ground:
     "Groups of scenes, their cells, and what each cell holds: in all, and in the margins that a dead zone would take."
@@ -206,7 +206,7 @@ def _count(scene, rect, margin, side=1024):
             held += np.stack([by_row.T @ what.astype(np.int64) @ by_col for what in (sample["mask"] > 0, sample["valid"])])
     return held
 
-# %% ../../nbs/data/13_splits.ipynb #606392f2
+# %% ../../nbs/data/13_splits.ipynb #7f03067e
 def _lay_grid(scenes, tile_size, block_size, dead_zone):
     "Lay cells over every group and count what they hold."
     groups, frames, edges, margins = _groups(scenes, dead_zone), {}, [], []
@@ -244,7 +244,7 @@ def _fill(ground, k, g):
     if covered < info.height*info.width: found = int(_count(scene, (0, info.height, 0, info.width), 1)[0].sum())  # some pixels lie between cells
     ground.total += found
 
-# %% ../../nbs/data/13_splits.ipynb #74cc7052
+# %% ../../nbs/data/13_splits.ipynb #7e4bd981
 def _facing(parts):
     "Sides (top, bottom, left, right) of cells that must leave a margin out; parts are numbers, -1 where nothing lies."
     padded = np.pad(parts, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
@@ -261,7 +261,7 @@ def _usable(counts, sides):
     rows, cols = (np.stack([~before, np.ones_like(before), ~behind], -1).astype(np.int64) for before, behind in (sides[:2], sides[2:]))
     return np.einsum("gijrc,gijr,gijc->gij", counts, rows, cols)
 
-# %% ../../nbs/data/13_splits.ipynb #2109bf00
+# %% ../../nbs/data/13_splits.ipynb #98b9084a
 def _draw_parts(ground, shares, rng, n):
     "Random assignments of cells to parts: (group, i, j) numbers with -1 for none, and whether they are strips."
     here = ground.valid.sum((3, 4)) > 0
@@ -302,7 +302,7 @@ def _best_parts(ground, shares, seed, n, least):
         if score < lowest: best, lowest = (parts, 1 - kept/ground.total), score
     return best
 
-# %% ../../nbs/data/13_splits.ipynb #df69984f
+# %% ../../nbs/data/13_splits.ipynb #e66f383a
 def _closest(boxes, parts):
     "Free pixels between the closest boxes (left, top, right, bottom) of different parts, and the area that such boxes share."
     gap, shared, names = math.inf, 0., sorted(set(parts))
@@ -335,7 +335,7 @@ def measure_windows(
         found.append(_closest(ground[group == name].round(4), parts[group == name]))
     return min((gap for gap, _ in found), default=math.inf), sum(shared for _, shared in found)
 
-# %% ../../nbs/data/13_splits.ipynb #6bcd9d6c
+# %% ../../nbs/data/13_splits.ipynb #ceea1379
 @dataclass
 class Split:
     "Tiles and blocks of each part, and the certificate that they are apart."
@@ -367,15 +367,15 @@ class Split:
                        {id: Frame(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items()}) for id, f in kept["frames"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error: raise RunError(f"{path} is not a split: {error}") from error
 
-# %% ../../nbs/data/13_splits.ipynb #76649aa5
+# %% ../../nbs/data/13_splits.ipynb #7c4a605f
 def _measure(tiles, blocks, frames):
     "The measured half of a certificate."
-    (gap, shared), parts, prints = measure_windows(tiles, frames), {}, tiles[["fingerprint", "part"]].drop_duplicates()
+    (gap, shared), parts, prints = measure_windows(tiles, frames), {}, {pair for pair in zip(tiles.fingerprint, tiles.part) if pair[0]}
     part, block, positive, own_valid, own_positive = (tiles[k].to_numpy() for k in ("part", "block", "positive", "own_valid", "own_positive"))
     for name, at in ((name, part == name) for name in dict.fromkeys(blocks.part)):
         parts[name] = dict(blocks=len(set(block[at])), positive_blocks=len(set(block[at & (own_positive > 0)])), tiles=int(at.sum()), positive_tiles=int((positive[at] > 0).sum()),
                            empty_tiles=int((positive[at] == 0).sum()), pixels=int(own_valid[at].sum()), positive_pixels=int(own_positive[at].sum()))
-    return dict(parts=parts, min_distance_px=None if gap == math.inf else gap, overlap_pixels=shared, duplicate_tiles=int(prints.fingerprint[prints.fingerprint != ""].duplicated().sum()))
+    return dict(parts=parts, min_distance_px=None if gap == math.inf else gap, overlap_pixels=shared, duplicate_tiles=len(prints) - len({fingerprint for fingerprint, _ in prints}))
 
 @patch
 def check(self: Split) -> Split:
@@ -383,21 +383,22 @@ def check(self: Split) -> Split:
     c, t, faults = self.certificate, self.tiles, []
     measured = _measure(t, self.blocks, self.frames)
     key = ["block", "scene", "part", "row0", "row1", "col0", "col1"]
-    known = pd.MultiIndex.from_frame(t[key]).isin(pd.MultiIndex.from_frame(self.blocks[key]))
-    outside = t.id[(t.row < t.row0) | (t.col < t.col0) | (t.row + t.height > t.row1) | (t.col + t.width > t.col1) | ~known].tolist()
+    known = set(zip(*(self.blocks[k] for k in key)))
+    strange = np.array([place not in known for place in zip(*(t[k] for k in key))], bool)
+    outside = t.id[strange | (t.row < t.row0) | (t.col < t.col0) | (t.row + t.height > t.row1) | (t.col + t.width > t.col1)].tolist()
     gap = min(math.inf if measured["min_distance_px"] is None else measured["min_distance_px"], measure_windows(self.blocks, self.frames)[0])
     if c["dead_zone_px"] < 1: faults.append(f"the dead zone is {c['dead_zone_px']} px; at least 1 is needed")
     if gap < c["dead_zone_px"]: faults.append(f"windows of different parts are {gap:g} px apart; the dead zone is {c['dead_zone_px']} px")
     if measured["overlap_pixels"]: faults.append(f"parts share {measured['overlap_pixels']:g} pixels")
     if measured["duplicate_tiles"]: faults.append(f"{measured['duplicate_tiles']} tiles occur in several parts")
     if outside: faults.append(f"{len(outside)} tiles lie outside their block, such as {outside[0]}")
-    if self.blocks.groupby("block").part.nunique().gt(1).any(): faults.append("a block belongs to two parts")
+    if len(set(zip(self.blocks.block, self.blocks.part))) > self.blocks.block.nunique(): faults.append("a block belongs to two parts")
     if empty := [name for name, n in measured["parts"].items() if not n["positive_pixels"]]: faults.append(f"no positives in {', '.join(empty)}")
     if changed := [k for k, v in measured.items() if v != c[k]]: faults.append(f"the certificate says otherwise about {', '.join(changed)}")
     if faults: raise SplitError("the split does not hold: " + "; ".join(faults))
     return self
 
-# %% ../../nbs/data/13_splits.ipynb #53e3d487
+# %% ../../nbs/data/13_splits.ipynb #dbe3ecae
 def _trade_off(scenes, tile_size, block_size, dead_zone, shares, seed, n):
     "Positives lost with larger blocks and smaller dead zones, as lines of text."
     lines = []
@@ -421,14 +422,14 @@ def _shares(fractions):
     names = [name for name in ("train", "val", "cal", "test") if name in fractions]
     return names, np.array([fractions[name] for name in names])/sum(fractions.values())
 
-# %% ../../nbs/data/13_splits.ipynb #2eb97605
+# %% ../../nbs/data/13_splits.ipynb #d43592dd
 def _finish(ground, parts, names, tile_size, stride, facts):
     "Lay tiles, drop copies that two parts would share, and measure."
     blocks, notes = _regions(ground, parts, names, max(1, tile_size//8)), []
     tiles = tile_index(ground.scenes, blocks, tile_size, stride)
     dropped = tiles.attrs.pop("dropped")
-    first = tiles[tiles.fingerprint != ""].drop_duplicates("fingerprint").set_index("fingerprint").part
-    copies = (tiles.fingerprint != "") & (tiles.fingerprint.map(first) != tiles.part)
+    first = dict(zip(tiles.fingerprint[::-1], tiles.part[::-1]))
+    copies = np.array([fingerprint != "" and first[fingerprint] != part for fingerprint, part in zip(tiles.fingerprint, tiles.part)], bool)
     tiles = tiles[~copies].reset_index(drop=True)
     blocks = blocks.merge(tiles.groupby(["block", "scene"], as_index=False).agg(tiles=("id", "size"), valid=("own_valid", "sum"), positive=("own_positive", "sum")))
     if copies.any(): notes.append(f"{copies.sum()} tiles were dropped, since another part holds the same pixels")
@@ -468,7 +469,7 @@ def make_split(
         raise SplitError(f"{what}. Use smaller tiles, more or larger images, or accept less distance (labels resemble each other up to {reach} px):" + _trade_off(scenes, tile_size, block, dead, shares, seed, candidates))
     return _finish(ground, best[0], names, tile_size, stride, dict(dead_zone_px=dead, label_range_px=reach, block_size_px=block, tile_size_px=tile_size, seed=seed, cal_is_val="cal" not in names, reason=reason)).check()
 
-# %% ../../nbs/data/13_splits.ipynb #692451dd
+# %% ../../nbs/data/13_splits.ipynb #a8df06ea
 PART_COLOURS = dict(train="#56B4E9", val="#E69F00", cal="#009E73", test="#CC79A7") # Okabe and Ito: told apart by colour-blind eyes
 
 def plot_split(
