@@ -6,7 +6,7 @@
 __all__ = ['PART_COLOURS', 'Audit', 'audit_labels', 'label_range', 'Frame', 'measure_windows', 'Split', 'make_split',
            'plot_split']
 
-# %% ../../nbs/data/13_splits.ipynb #658b456b
+# %% ../../nbs/data/13_splits.ipynb #c54fcd7a
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,8 +15,7 @@ from typing import Sequence
 
 import numpy as np
 import pandas as pd
-import pyproj
-import shapely
+import pyproj, shapely
 from fastcore.basics import patch
 from rasterio.crs import CRS
 from rasterio.warp import transform_bounds
@@ -27,7 +26,7 @@ from ..core import ConfigError, DataError, RunError, SplitError, progress, read_
 from .raster import Scene, rasterise
 from .tiles import tile_index, tile_origins
 
-# %% ../../nbs/data/13_splits.ipynb #16fa2a41
+# %% ../../nbs/data/13_splits.ipynb #332bfed4
 @dataclass
 class Audit:
     "What there is to learn from, per scene and in all."
@@ -54,7 +53,7 @@ class Audit:
             raise DataError(f"no positive pixel among {self.total['valid']:,} valid ones, so nothing can be learned; " + (" ".join(self.notes) or "check that labels and images belong together"))
         return self
 
-# %% ../../nbs/data/13_splits.ipynb #eff77b84
+# %% ../../nbs/data/13_splits.ipynb #a7adbfbe
 def _without_pixel(scene):
     "Polygons so small that no pixel centre lies in them."
     if scene.labels is None: return 0
@@ -87,7 +86,7 @@ def audit_labels(
     if not total["positive"] and any(s.label_raster is not None and s.positive is None for s in scenes): notes.append("in a mask 255 means unknown; where it stands for the class, say positive=255.")
     return Audit(table, total, notes).check()
 
-# %% ../../nbs/data/13_splits.ipynb #1756d801
+# %% ../../nbs/data/13_splits.ipynb #9ac101f9
 def _pairs(x, axis, max_lag):
     "Pairs of set pixels at each distance along an axis."
     lines, n = x if axis else x.T, x.shape[axis] + max_lag
@@ -118,7 +117,7 @@ def label_range(
     reach = max(int(np.argmax(curve < level)) if (curve < level).any() else max_lag for curve in curves)
     return reach, pd.DataFrame(dict(lag=lags, along_columns=curves[0], along_rows=curves[1]))
 
-# %% ../../nbs/data/13_splits.ipynb #ab83d37e
+# %% ../../nbs/data/13_splits.ipynb #6639a5bd
 @lru_cache(maxsize=256)
 def _transformer(source, target): return pyproj.Transformer.from_crs(source, target, always_xy=True)
 
@@ -165,7 +164,7 @@ def _rectangle(frame, box, height, width):
     (col0, row0), (col1, row1) = (max(0, math.ceil(v - 1e-6)) for v in inside[:2]), (min(side, math.floor(v + 1e-6)) for v, side in zip(inside[2:], (width, height)))
     return (row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
 
-# %% ../../nbs/data/13_splits.ipynb #6fa5df2f
+# %% ../../nbs/data/13_splits.ipynb #9471c0a9
 @dataclass
 class _Ground:
     "Groups of scenes, their cells, and what each cell holds: in all, and in the margins that a dead zone would take."
@@ -206,7 +205,7 @@ def _count(scene, rect, margin, side=1024):
             held += np.stack([by_row.T @ what.astype(np.int64) @ by_col for what in (sample["mask"] > 0, sample["valid"])])
     return held
 
-# %% ../../nbs/data/13_splits.ipynb #7f03067e
+# %% ../../nbs/data/13_splits.ipynb #1bd07be6
 def _lay_grid(scenes, tile_size, block_size, dead_zone):
     "Lay cells over every group and count what they hold."
     groups, frames, edges, margins = _groups(scenes, dead_zone), {}, [], []
@@ -244,7 +243,7 @@ def _fill(ground, k, g):
     if covered < info.height*info.width: found = int(_count(scene, (0, info.height, 0, info.width), 1)[0].sum())  # some pixels lie between cells
     ground.total += found
 
-# %% ../../nbs/data/13_splits.ipynb #7e4bd981
+# %% ../../nbs/data/13_splits.ipynb #725bd847
 def _facing(parts):
     "Sides (top, bottom, left, right) of cells that must leave a margin out; parts are numbers, -1 where nothing lies."
     padded = np.pad(parts, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
@@ -261,7 +260,7 @@ def _usable(counts, sides):
     rows, cols = (np.stack([~before, np.ones_like(before), ~behind], -1).astype(np.int64) for before, behind in (sides[:2], sides[2:]))
     return np.einsum("gijrc,gijr,gijc->gij", counts, rows, cols)
 
-# %% ../../nbs/data/13_splits.ipynb #98b9084a
+# %% ../../nbs/data/13_splits.ipynb #10cfaec7
 def _draw_parts(ground, shares, rng, n):
     "Random assignments of cells to parts: (group, i, j) numbers with -1 for none, and whether they are strips."
     here = ground.valid.sum((3, 4)) > 0
@@ -302,7 +301,7 @@ def _best_parts(ground, shares, seed, n, least):
         if score < lowest: best, lowest = (parts, 1 - kept/ground.total), score
     return best
 
-# %% ../../nbs/data/13_splits.ipynb #e66f383a
+# %% ../../nbs/data/13_splits.ipynb #1a1ca873
 def _closest(boxes, parts):
     "Free pixels between the closest boxes (left, top, right, bottom) of different parts, and the area that such boxes share."
     gap, shared, names = math.inf, 0., sorted(set(parts))
@@ -335,7 +334,7 @@ def measure_windows(
         found.append(_closest(ground[group == name].round(4), parts[group == name]))
     return min((gap for gap, _ in found), default=math.inf), sum(shared for _, shared in found)
 
-# %% ../../nbs/data/13_splits.ipynb #ceea1379
+# %% ../../nbs/data/13_splits.ipynb #a217bef2
 @dataclass
 class Split:
     "Tiles and blocks of each part, and the certificate that they are apart."
@@ -367,7 +366,7 @@ class Split:
                        {id: Frame(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items()}) for id, f in kept["frames"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error: raise RunError(f"{path} is not a split: {error}") from error
 
-# %% ../../nbs/data/13_splits.ipynb #7c4a605f
+# %% ../../nbs/data/13_splits.ipynb #bb7bea72
 def _measure(tiles, blocks, frames):
     "The measured half of a certificate."
     (gap, shared), parts, prints = measure_windows(tiles, frames), {}, {pair for pair in zip(tiles.fingerprint, tiles.part) if pair[0]}
@@ -398,7 +397,7 @@ def check(self: Split) -> Split:
     if faults: raise SplitError("the split does not hold: " + "; ".join(faults))
     return self
 
-# %% ../../nbs/data/13_splits.ipynb #dbe3ecae
+# %% ../../nbs/data/13_splits.ipynb #5288655b
 def _trade_off(scenes, tile_size, block_size, dead_zone, shares, seed, n):
     "Positives lost with larger blocks and smaller dead zones, as lines of text."
     lines = []
@@ -422,7 +421,7 @@ def _shares(fractions):
     names = [name for name in ("train", "val", "cal", "test") if name in fractions]
     return names, np.array([fractions[name] for name in names])/sum(fractions.values())
 
-# %% ../../nbs/data/13_splits.ipynb #d43592dd
+# %% ../../nbs/data/13_splits.ipynb #f8304211
 def _finish(ground, parts, names, tile_size, stride, facts):
     "Lay tiles, drop copies that two parts would share, and measure."
     blocks, notes = _regions(ground, parts, names, max(1, tile_size//8)), []
@@ -469,7 +468,7 @@ def make_split(
         raise SplitError(f"{what}. Use smaller tiles, more or larger images, or accept less distance (labels resemble each other up to {reach} px):" + _trade_off(scenes, tile_size, block, dead, shares, seed, candidates))
     return _finish(ground, best[0], names, tile_size, stride, dict(dead_zone_px=dead, label_range_px=reach, block_size_px=block, tile_size_px=tile_size, seed=seed, cal_is_val="cal" not in names, reason=reason)).check()
 
-# %% ../../nbs/data/13_splits.ipynb #a8df06ea
+# %% ../../nbs/data/13_splits.ipynb #ced4d801
 PART_COLOURS = dict(train="#56B4E9", val="#E69F00", cal="#009E73", test="#CC79A7") # Okabe and Ito: told apart by colour-blind eyes
 
 def plot_split(
