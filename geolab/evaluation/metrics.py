@@ -7,7 +7,7 @@ __all__ = ['Weight', 'stratum_weight', 'PRCurve', 'pr_curve', 'average_precision
            'recall_at_precision', 'precision_at_recall', 'roc_curve', 'bootstrap_interval', 'summary',
            'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at', 'plot_pr']
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #840da411
+# %% ../../nbs/evaluation/41_metrics.ipynb #c32cb1b2
 from dataclasses import dataclass
 from typing import Literal, Mapping, NamedTuple, Sequence
 
@@ -18,7 +18,7 @@ from scipy.stats import norm, t as student_t
 from ..core import DataError, Ratio
 from .scores import ConfusionCounts, ScoreHistogram
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #482d6be7
+# %% ../../nbs/evaluation/41_metrics.ipynb #eb1004d5
 class Weight(NamedTuple):
     "What one count in an empty tile stands for."
     value: float|None # `None` if it cannot be said
@@ -42,7 +42,7 @@ def stratum_weight(
                         "state a lower prevalence, or give the ratio in tiles")
     return Weight((r*positive - n1)/n0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #95cae811
+# %% ../../nbs/evaluation/41_metrics.ipynb #e2739483
 @dataclass(frozen=True)
 class PRCurve:
     "Precision and recall at every threshold that some score distinguishes, from lenient to strict."
@@ -92,7 +92,7 @@ def average_precision(
     missed = 1 - curve.recall[0] if len(curve.recall) else 1.  # positives in the underflow bin: reached by flagging all
     return float(-np.sum(np.diff(curve.recall, append=0)*curve.precision) + missed*curve.positive_fraction)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #404ffaab
+# %% ../../nbs/evaluation/41_metrics.ipynb #6bd5cd43
 def f_beta(
     precision: float, # From 0 to 1
     recall: float, # From 0 to 1
@@ -125,7 +125,7 @@ def metrics_at(
     else: out |= {"f0.5": f_beta(out["precision"], out["recall"]), "f1": f_beta(out["precision"], out["recall"], 1)}
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #412b01af
+# %% ../../nbs/evaluation/41_metrics.ipynb #af80ec77
 class OperatingPoint(NamedTuple):
     "A threshold on the curve, or why there is none."
     logit: float|None
@@ -163,7 +163,7 @@ def precision_at_recall(
     "The threshold with the largest precision among those that reach a recall."
     return _point(pr_curve(hist, ratio, unit), "recall", recall, "precision")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #a1a52c3f
+# %% ../../nbs/evaluation/41_metrics.ipynb #0d67b1c5
 def roc_curve(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; changes the mixture of near and far negatives
@@ -177,7 +177,7 @@ def roc_curve(
     fpr, tpr = (np.concatenate([[0.], x[::-1]/x_all, [1.]]) for x, x_all in ((fp, n1 + weight*n0), (tp, positive)))
     return fpr, tpr, float(np.trapezoid(tpr, fpr))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #ef4fb96d
+# %% ../../nbs/evaluation/41_metrics.ipynb #df770e90
 def _resampled(hist, ratio, unit, replicates, seed, chunk=50):
     "Yield (flagged positives, weighted flagged negatives, positives, all) per bootstrap replicate and distinguishing edge, and the kept edges."
     keep = np.flatnonzero(hist.counts.any((0, 1))[1:])
@@ -204,7 +204,7 @@ def _pr_band(hist, ratio, unit, confidence, replicates, seed):
     ok = np.isfinite(found).all(0)
     return grid[ok], *np.quantile(found[:, ok], [tail, 1 - tail], axis=0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #8b5fb695
+# %% ../../nbs/evaluation/41_metrics.ipynb #8ad6a087
 def bootstrap_interval(
     hist: ScoreHistogram, # Counted logits
     logit: float|None = None, # Threshold of precision, recall, IoU and F0.5; `None` leaves them out
@@ -237,7 +237,7 @@ def bootstrap_interval(
         if np.isfinite(column).any(): out[name] = np.nanquantile(column, [tail, 1 - tail]).tolist()
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #8f323652
+# %% ../../nbs/evaluation/41_metrics.ipynb #a0bc34d6
 def summary(
     hist: ScoreHistogram, # Counted logits, of the test part for instance
     logit: float|None, # Threshold; `None` leaves the metrics that need one at `None`
@@ -266,7 +266,7 @@ def trivial_baselines(
         always_negative=dict(accuracy=None if share is None else 1 - share, precision=None, recall=none, iou=none),
         always_positive=dict(accuracy=share, precision=share, recall=all_, iou=share))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #53b14e39
+# %% ../../nbs/evaluation/41_metrics.ipynb #5db53ef5
 def class_metrics(
     counts: ConfusionCounts, # True by predicted class
 ) -> dict: # accuracy, and by class precision, recall, f1, support; `None` where nothing was predicted or nothing is there
@@ -300,7 +300,7 @@ def spearman(
     spread = [(n*r*r).sum() for n, r in zip((c.sum(1), c.sum(0)), rank)]
     return float(rank[0]@c@rank[1]/np.sqrt(spread[0]*spread[1])) if min(spread) > 0 else None
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #f6de515f
+# %% ../../nbs/evaluation/41_metrics.ipynb #4190e1f2
 def class_area(
     counts: ConfusionCounts, # Reference sample: true by mapped class
     mapped: Mapping[str, float], # Area of each mapped class, in any unit: pixels, hectares
@@ -338,7 +338,7 @@ def confusion_at(
     counts.counts[:] = np.stack([neg - fp, fp, pos - tp, tp], 1).reshape(-1, 2, 2)
     return counts
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #a41e0b02
+# %% ../../nbs/evaluation/41_metrics.ipynb #00c85ff8
 def plot_pr(
     curves: dict[str, PRCurve], # By label, e.g. `{"1:500": pr_curve(hist, "1:500", band=.95)}`
     thresholds: dict[str, float|None]|None = None, # Logits to mark, by the same labels

@@ -6,7 +6,7 @@
 __all__ = ['label_objects', 'Overlaps', 'overlap_pairs', 'assign_pairs', 'ObjectMatch', 'ObjectMatcher', 'match_objects',
            'size_table', 'object_curve', 'plot_sizes', 'rank_for_labelling']
 
-# %% ../../nbs/evaluation/42_objects.ipynb #0103d159
+# %% ../../nbs/evaluation/42_objects.ipynb #419b68e0
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Sequence
 
@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite
 from ..core import DataError, check_shape
 from .metrics import f_beta
 
-# %% ../../nbs/evaluation/42_objects.ipynb #a14a1660
+# %% ../../nbs/evaluation/42_objects.ipynb #eac4a12e
 def _mask(x, name):
     x = np.asarray(x)
     check_shape(x, "h w", name)
@@ -33,7 +33,7 @@ def _structure(connectivity):
     if connectivity not in (4, 8): raise DataError(f"`connectivity` must be 4 (sides) or 8 (sides and corners), got {connectivity}")
     return np.ones((3, 3)) if connectivity == 8 else None
 
-# %% ../../nbs/evaluation/42_objects.ipynb #0d4a3309
+# %% ../../nbs/evaluation/42_objects.ipynb #bd2d429d
 def label_objects(
     mask: Bool[np.ndarray, "h w"], # True where there is something
     connectivity: Literal[4, 8] = 8, # Pixels touch by sides, or by sides and corners
@@ -46,7 +46,7 @@ def label_objects(
     keep[0] = False
     return (np.cumsum(keep)*keep)[labels].astype(np.int32), int(keep.sum())
 
-# %% ../../nbs/evaluation/42_objects.ipynb #79243591
+# %% ../../nbs/evaluation/42_objects.ipynb #9b029430
 class Overlaps(NamedTuple):
     "What two label images share."
     pairs: Int[np.ndarray, "pair 3"] # Predicted label, true label, pixels in both
@@ -75,7 +75,7 @@ def overlap_pairs(
     for size in sizes: size[0] = 0
     return Overlaps(np.stack([key//len(sizes[1]), key%len(sizes[1]), pixels], 1), *sizes)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #e550a35e
+# %% ../../nbs/evaluation/42_objects.ipynb #2df1f40e
 def assign_pairs(
     predicted: Int[np.ndarray, " pair"], # Object of one side
     truth: Int[np.ndarray, " pair"], # Object of the other side
@@ -97,7 +97,7 @@ def assign_pairs(
     chosen = dict(zip(row.tolist(), col.tolist()))
     return np.sort(np.concatenate([np.flatnonzero(alone), rest[[chosen[i] == j for i, j in zip(p.tolist(), t.tolist())]]]))
 
-# %% ../../nbs/evaluation/42_objects.ipynb #7b0a3826
+# %% ../../nbs/evaluation/42_objects.ipynb #5d60e52e
 @dataclass(frozen=True)
 class ObjectMatch:
     "Objects of both sides with their partners; adds up over maps."
@@ -138,7 +138,7 @@ class ObjectMatch:
         return ObjectMatch(*(pd.concat([x, shift(y, len(z))], ignore_index=True) for x, y, z in [
             (self.predicted, other.predicted, self.truth), (self.truth, other.truth, self.predicted)]), self.rule)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #7a25555f
+# %% ../../nbs/evaluation/42_objects.ipynb #97a3efb1
 class ObjectMatcher:
     "Match two maps that come in bands of rows, from top to bottom."
     def __init__(self,
@@ -222,7 +222,7 @@ class ObjectMatcher:
         tables[0].insert(1, "score", score[big[0]]); tables[0].insert(2, "far", far[big[0]])
         return ObjectMatch(*tables, self.rule)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #e085c498
+# %% ../../nbs/evaluation/42_objects.ipynb #3d37d96a
 def match_objects(
     predicted_mask: Bool[np.ndarray, "h w"], # The map
     true_mask: Bool[np.ndarray, "h w"], # The labels on the same grid
@@ -237,7 +237,7 @@ def match_objects(
     "Match the objects of a whole map one to one."
     return ObjectMatcher(iou, connectivity, min_size).update(predicted_mask, true_mask, valid=valid, logits=logits, empty=empty).finish()
 
-# %% ../../nbs/evaluation/42_objects.ipynb #739eec1e
+# %% ../../nbs/evaluation/42_objects.ipynb #fd2460aa
 def size_table(
     match: ObjectMatch, # Matched objects
     edges: Sequence[float] = (1, 10, 30, 100, 300, 1000, 3000), # Lower ends of the size classes, in pixels, increasing; the last is open
@@ -255,7 +255,7 @@ def size_table(
     columns = dict(labelled=labelled, found=found, recall=rate(found, labelled), predicted=predicted, true=true, precision=rate(true, predicted))
     return pd.DataFrame(columns, index=pd.Index(names, name="size_px"))
 
-# %% ../../nbs/evaluation/42_objects.ipynb #c69c481a
+# %% ../../nbs/evaluation/42_objects.ipynb #fd98e489
 def object_curve(
     logits: Float[np.ndarray, "h w"], # Scores of the stitched map
     true_mask: Bool[np.ndarray, "h w"], # The labels on the same grid
@@ -275,7 +275,7 @@ def object_curve(
         rows.append({"logit": float(logit), "precision": p, "recall": r, "f0.5": score, "tp": match.tp, "fp": match.fp, "fn": match.fn})
     return pd.DataFrame(rows).astype({name: float for name in ("precision", "recall", "f0.5")})
 
-# %% ../../nbs/evaluation/42_objects.ipynb #9064dd62
+# %% ../../nbs/evaluation/42_objects.ipynb #c778bc7e
 def plot_sizes(
     match: ObjectMatch, # Matched objects
     ax=None, # Axes; `None` makes a figure
@@ -296,7 +296,7 @@ def plot_sizes(
     ax.set(xscale="log", xlabel="size of the labelled object (pixels)", ylabel=f"recall (IoU ≥ {match.rule['iou']:g})", ylim=(-.02, 1.03))
     return ax
 
-# %% ../../nbs/evaluation/42_objects.ipynb #5ecef634
+# %% ../../nbs/evaluation/42_objects.ipynb #9507fffe
 def rank_for_labelling(
     probability: Sequence[Float[np.ndarray, "h w"]]|Float[np.ndarray, "n ..."], # Calibrated probabilities of each tile; NaN where not valid
     block: Sequence[str], # Block of each tile

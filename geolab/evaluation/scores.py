@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreHistogram', 'save_scores', 'load_scores', 'exact_scores', 'ConfusionCounts']
 
-# %% ../../nbs/evaluation/40_scores.ipynb #e3d62f95
+# %% ../../nbs/evaluation/40_scores.ipynb #b8217d7a
 import warnings
 from pathlib import Path
 from typing import Any, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import DataError, RunError, atomic_file, nearest
 
-# %% ../../nbs/evaluation/40_scores.ipynb #12f5fc81
+# %% ../../nbs/evaluation/40_scores.ipynb #0e338717
 class ScoreHistogram:
     "int64 counts of logits by block, stratum and bin."
     def __init__(self,
@@ -54,7 +54,7 @@ class ScoreHistogram:
         return (f"ScoreHistogram: {len(self.blocks)} blocks, {n[0]:,} positives, {n[1]:,} negatives beside them, {n[2]:,} negatives in empty tiles; "
                 f"{tiles[0]:,} tiles with positives, {tiles[1]:,} empty; {len(self.edges):,} edges from {self.edges[0]:g} to {self.edges[-1]:g}")
 
-# %% ../../nbs/evaluation/40_scores.ipynb #d6ff4828
+# %% ../../nbs/evaluation/40_scores.ipynb #b7c28d84
 def _rows(x, name, squeeze=True):
     "Tensor of one row per sample; `(b, 1, h, w)` loses its channel axis."
     x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
@@ -111,7 +111,7 @@ def _checked(z, target, valid, block, ids):
         target = target >= .5 if target.is_floating_point() else target.bool()
     return z, target if valid is None else target & valid
 
-# %% ../../nbs/evaluation/40_scores.ipynb #d0ed7278
+# %% ../../nbs/evaluation/40_scores.ipynb #f9fab544
 @patch
 def _bin(self: ScoreHistogram, z):
     "Bin number of each logit."
@@ -150,7 +150,7 @@ def _pieces(self: ScoreHistogram, z, target, valid, where, tile_positive, block,
         cols = slice(j, j + 2**18)
         yield "counts", *self._positions(z[:, cols], positive[:, cols], None if valid is None else valid[:, cols], ~given, where)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #2d482790
+# %% ../../nbs/evaluation/40_scores.ipynb #4089d4ec
 @patch
 def update(self: ScoreHistogram,
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits, never probabilities; (b,), (b, h, w), (b, 1, h, w) or any (b, ...)
@@ -179,7 +179,7 @@ def update(self: ScoreHistogram,
     for name, position, amount in found: np.add.at(getattr(self, name).reshape(-1), position, amount)  # a refused batch leaves no trace
     return self
 
-# %% ../../nbs/evaluation/40_scores.ipynb #73338f6e
+# %% ../../nbs/evaluation/40_scores.ipynb #9c846df2
 @patch
 def _like(self: ScoreHistogram, blocks):
     return ScoreHistogram(blocks, edges=self.edges) if self.exact else ScoreHistogram(blocks, lo=self.edges[0], hi=self.edges[-1], bins=len(self.edges) - 1)
@@ -193,7 +193,7 @@ def _on(self: ScoreHistogram, edges):
     counts[..., 0] = self.counts[..., 0]
     return counts
 
-# %% ../../nbs/evaluation/40_scores.ipynb #0311cf82
+# %% ../../nbs/evaluation/40_scores.ipynb #46f41ca9
 @patch
 def select(self: ScoreHistogram,
     blocks: Sequence[str], # Which blocks to keep, in the new order
@@ -229,7 +229,7 @@ def __eq__(self: ScoreHistogram, other) -> bool:
     other = other.select(self.blocks)
     return np.array_equal(self.counts, other.counts) and np.array_equal(self.tiles, other.tiles)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #29ef09e0
+# %% ../../nbs/evaluation/40_scores.ipynb #1584981d
 def save_scores(
     path: Path|str, # Where to write; ends in `.npz`
     parts: dict[str, "ScoreHistogram|ConfusionCounts"], # For example `{"val": ..., "cal": ..., "test": ...}`
@@ -252,7 +252,7 @@ def load_scores(
     except FileNotFoundError: raise RunError(f"{path} is missing") from None
     except Exception as error: raise RunError(f"{path} cannot be read as scores: {error}; count them again") from error
 
-# %% ../../nbs/evaluation/40_scores.ipynb #932b6447
+# %% ../../nbs/evaluation/40_scores.ipynb #e3d8b6f7
 @patch
 def _arrays(self: ScoreHistogram):
     return dict(kind=np.array("exact" if self.exact else "uniform"), blocks=np.array(self.blocks), edges=self.edges, counts=self.counts, tiles=self.tiles)
@@ -268,7 +268,7 @@ def _from_arrays(a: dict[str, Any]):
         setattr(new, key, a[key])
     return new
 
-# %% ../../nbs/evaluation/40_scores.ipynb #2eb4d47c
+# %% ../../nbs/evaluation/40_scores.ipynb #913b9793
 @patch
 def save(self: ScoreHistogram, path: Path|str) -> Path:
     "Write one histogram; `load` reads it."
@@ -281,7 +281,7 @@ def load(cls: ScoreHistogram, path: Path|str) -> "ScoreHistogram":
     if len(parts) != 1: raise RunError(f"{path} holds {len(parts)} histograms ({', '.join(parts)}); read it with `load_scores`")
     return next(iter(parts.values()))
 
-# %% ../../nbs/evaluation/40_scores.ipynb #c2b98b4c
+# %% ../../nbs/evaluation/40_scores.ipynb #2338cb3d
 @patch
 def flagged(self: ScoreHistogram) -> Int[np.ndarray, "block stratum edge"]: # Counts
     "Logits at or above each edge, by block and stratum."
@@ -307,7 +307,7 @@ def centers(self: ScoreHistogram) -> Float[np.ndarray, " bin"]: # Logits
     if self.exact: return np.concatenate([self.edges[:1] - 1, self.edges])
     return np.concatenate([self.edges - self.width/2, self.edges[-1:] + self.width/2])
 
-# %% ../../nbs/evaluation/40_scores.ipynb #99cc525d
+# %% ../../nbs/evaluation/40_scores.ipynb #1eba9d89
 def exact_scores(
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits
     target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels
@@ -325,7 +325,7 @@ def exact_scores(
         raise DataError(f"{len(scores):,} distinct scores in {len(blocks)} blocks need {need:.1f} GiB; count them in a `ScoreHistogram`, or pool the blocks")
     return ScoreHistogram(blocks, edges=scores if len(scores) else [0.]).update(logits, target, valid=valid, block=block, tile_positive=tile_positive)
 
-# %% ../../nbs/evaluation/40_scores.ipynb #dba4405e
+# %% ../../nbs/evaluation/40_scores.ipynb #b5d396d8
 class ConfusionCounts:
     "int64 counts of true class by predicted class, by block."
     def __init__(self,

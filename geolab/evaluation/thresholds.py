@@ -7,7 +7,7 @@ __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic'
            'certified_position', 'certify_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
            'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off', 'exact_threshold']
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #52b0f3ca
+# %% ../../nbs/evaluation/44_thresholds.ipynb #4a026f42
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, Sequence
 
@@ -22,7 +22,7 @@ from .calibration import Calibrator
 from .metrics import OperatingPoint, PRCurve, f_beta, metrics_at, pr_curve, recall_at_precision, stratum_weight
 from .scores import ScoreHistogram
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #5c2953d9
+# %% ../../nbs/evaluation/44_thresholds.ipynb #dcfd73cc
 @dataclass(frozen=True)
 class Threshold:
     "A threshold in logits, what was asked of it, and how sure it is."
@@ -45,7 +45,7 @@ class Threshold:
     @classmethod
     def from_dict(cls, values: dict) -> "Threshold": return cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #ed798ad5
+# %% ../../nbs/evaluation/44_thresholds.ipynb #87d08e93
 def threshold_for_precision(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # Between 0 and 1
@@ -60,7 +60,7 @@ def threshold_for_precision(
     return Threshold(point.logit, probability, target_precision, prevalence, unit, blocks=len(hist.blocks), reason=point.reason, precision=point.precision,
         recall=point.recall, best_precision=point.best, calibrator=None if calibrator is None else calibrator.hash)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #bba9e14d
+# %% ../../nbs/evaluation/44_thresholds.ipynb #4699f0db
 class BlockSums(NamedTuple):
     "What the statistic is made of, by block; the flagged ones also by threshold."
     tp: Float[np.ndarray, "block k"] # Flagged positives
@@ -87,7 +87,7 @@ class BlockSums(NamedTuple):
         jack = np.sqrt((b - 1)/b*((without - without.mean(0))**2).sum(0))
         return value(*total), d, np.maximum(1, np.divide(jack, linear, out=np.ones_like(jack), where=linear > 0))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #0391950f
+# %% ../../nbs/evaluation/44_thresholds.ipynb #cbdefacb
 def hall_statistic(
     m: Float[np.ndarray, " k"], # The statistic, below 0 where precision is above the target
     d: Float[np.ndarray, "block k"], # Influence of each block
@@ -107,7 +107,7 @@ def hall_statistic(
         t = (m + e)/s
         return t + skew*t**2/(3*n**.5) + skew**2*t**3/(27*n) + skew/(6*n**.5), m + e
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #90b580c6
+# %% ../../nbs/evaluation/44_thresholds.ipynb #165e1794
 def background_share(
     hist: ScoreHistogram, # Counted logits, of a new map as well: labels do not matter
     logit: float, # The level of the gate
@@ -136,7 +136,7 @@ def check_gate(
     chance = float(np.prod((new - i)/(blocks + new - i)))
     return GateCheck(outside, bool(chance < .01), chance)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #7e71a266
+# %% ../../nbs/evaluation/44_thresholds.ipynb #db64b1bc
 def certified_position(
     sums: BlockSums, # Thresholds from strict to lenient
     recall: Float[np.ndarray, " k"], # Share of the positives that each threshold finds
@@ -164,7 +164,7 @@ def certified_position(
     last = passes.argmax() + np.argmin(np.append(passes[passes.argmax():], False)) - 1 if passes.any() else None
     return None if last is None else int(allowed[last]), dict(reason=None, allowed=allowed, h=h, m=m, with_worst=with_worst, q=q, d=d, critical=critical)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #2f0cd12f
+# %% ../../nbs/evaluation/44_thresholds.ipynb #ef3a14ab
 def _interval(prevalence):
     "Low and high end of a stated prevalence."
     if isinstance(prevalence, (str, Ratio)): return [Ratio.parse(prevalence).prevalence]*2
@@ -205,7 +205,7 @@ def _tails(blocks, sums, found, k):
         m=float(found["m"][j]), m_with_worst=float(found["with_worst"][j]), h=float(found["h"][j]), critical=found["critical"], jackknife=float(found["q"][j]),
         blocks_with_true_positives=int((sums.tp[:, k] > 0).sum()), blocks_with_false_positives=int((sums.fp1[:, k] + sums.fp0[:, k] > 0).sum()))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #6b8759b7
+# %% ../../nbs/evaluation/44_thresholds.ipynb #8de7a2a2
 def certify_threshold(
     hist: ScoreHistogram, # Calibration blocks: used for nothing else, not for training, early stopping or calibration
     target_precision: float, # Between 0 and 1
@@ -263,7 +263,7 @@ def _grid(hist, val):
     if not logits: raise DataError("`val` must hold at least one threshold")
     return np.unique([hist.index_of(min(z, hist.edges[-1])) for z in logits])[::-1]
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #c24f4a8e
+# %% ../../nbs/evaluation/44_thresholds.ipynb #517c2b6c
 class Plan(NamedTuple):
     "What a target asks of the calibration data."
     false_positive_rate: float # Room in the empty tiles at this recall, with clean surroundings of the positives
@@ -302,7 +302,7 @@ def plan_calibration(
             return plan._replace(blocks=int(blocks), empty_tiles=int(np.ceil(blocks*pilot.tiles[:, 1].sum()/b)), reason=None)
     return plan._replace(reason=f"at recall {recall} the pilot's precision does not exceed {target_precision} by enough; no number of such blocks will do")
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #6ecf9127
+# %% ../../nbs/evaluation/44_thresholds.ipynb #442054a6
 class PrevalenceCurve(NamedTuple):
     "Precision of one threshold over prevalence."
     prevalence: Float[np.ndarray, " n"] # Share of positives, of the unit
@@ -331,7 +331,7 @@ def precision_over_prevalence(
     even = None if room <= 0 else 0. if not fp0 else float(1/(1 + (room/fp0*n0 + n1)/pos))
     return PrevalenceCurve(prevalence, precision, tp/max(hist.counts[:, 0].sum(), 1), even)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #60492239
+# %% ../../nbs/evaluation/44_thresholds.ipynb #6feeb637
 def plot_prevalence(
     curves: dict[str, PrevalenceCurve], # By label
     target_precision: float|None = None, # Drawn as a line
@@ -374,7 +374,7 @@ def _axes(ax):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #92ce6eb2
+# %% ../../nbs/evaluation/44_thresholds.ipynb #585f5a40
 def _chunks(scores, target, valid, signed=False, step=2**19):
     "Signed high words, low words or `None`, positive and (or `None`) ignored, piece by piece."
     for i in range(0, len(scores), step):
@@ -423,7 +423,7 @@ def _score(dtype, code, step):
     low = 65535 - step if code < 32768 else step
     return torch.tensor([low - 65536*(low > 32767), code - 32768], dtype=torch.int32).to(torch.int16).view(torch.float32).item()
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #877fb529
+# %% ../../nbs/evaluation/44_thresholds.ipynb #14e69e4a
 def exact_threshold(
     scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
     target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
