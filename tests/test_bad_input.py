@@ -1,9 +1,6 @@
 """Bad input ends in one clear message before training, and leaves nothing half-written."""
-import json
-import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -16,7 +13,7 @@ from geolab.core import GeolabError
 from geolab.recipes import thaw_slump
 
 SIZE, TILE = 320, 64
-SMALL = [f"input_size=[{TILE}, {TILE}]", "max_epochs=1", "steps_per_epoch=1", "batch_size=2", "augment=false"]
+SMALL = [f"input_size=[{TILE}, {TILE}]", "max_epochs=1", "steps_per_epoch=1", "batch_size=2", "augment=none"]
 
 
 def image(path, *, bands=3, size=SIZE, crs="EPSG:32608", transform=Affine(3, 0, 500_000, 0, -3, 7_700_000), fill=None, dtype="float32", nodata=None):
@@ -58,11 +55,20 @@ def test_no_positives_in_a_part(tmp_path, good):
 
 
 def test_labels_outside_the_image(tmp_path, good):
-    refuse(tmp_path, "outside", images=good["images"], labels=polygons(tmp_path / "far.gpkg", x=600_000))
+    refuse(tmp_path, "meets none", images=good["images"], labels=polygons(tmp_path / "far.gpkg", x=600_000))
 
 
 def test_labels_without_crs(tmp_path, good):
     refuse(tmp_path, "CRS", images=good["images"], labels=polygons(tmp_path / "none.shp", crs=None))
+
+
+def test_labels_in_another_crs_are_reprojected(tmp_path, good):
+    frame = gpd.read_file(good["labels"]).to_crs(4326)
+    frame.to_file(tmp_path / "lonlat.geojson", driver="GeoJSON")
+    said = []
+    thaw_slump.run(images=good["images"], labels=tmp_path / "lonlat.geojson", out=tmp_path / "run", settings=SMALL, until="audit", say=said.append)
+    assert any("reprojected from EPSG:4326 to EPSG:32608" in line for line in said)
+    assert "reprojected" in (tmp_path / "run" / "audit.json").read_text()
 
 
 def test_image_without_crs(tmp_path, good):
@@ -141,5 +147,5 @@ def test_disk_full_while_writing(tmp_path, good):
     command += [part for setting in SMALL for part in ("--set", setting)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "no space left" in done.stderr and "Traceback" not in done.stderr
+    assert "Make room" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -8,7 +8,7 @@ __all__ = ['PROFILES', 'ABOUT', 'BACKGROUND', 'TRAIN_KEYS', 'NAME', 'LabelsConfi
            'batch_size_of', 'calibration_part', 'best_f', 'display', 'three_of', 'stages', 'open_folder', 'run',
            'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #385f4afc
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3c754451
 import copy, warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -48,7 +48,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #eb8249e4
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b185e087
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -74,7 +74,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b394af30
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #0b374ecc
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -106,7 +106,7 @@ class ThawSlumpConfig(Config):
     clip: float|None = Field(1.0, gt=0)         # Largest norm of the gradient
     precision: Literal["auto", "32", "bf16"] = "auto"
     workers: int = Field(0, ge=0)               # Processes that load tiles
-    augment: bool = True
+    augment: Literal["guide", "turns", "none"] = "guide"  # The guide's list; its turns and mirrors alone, which short trainings learn more from; nothing
     target_precision: float = Field(.8, gt=0, lt=1)
     confidence: float = Field(.95, gt=.5, lt=1)
     ratio_unit: Literal["tile", "pixel"] = "tile"
@@ -129,7 +129,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b9016453
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #74f9859a
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -170,7 +170,7 @@ random_seed: 42
 """)
 ABOUT = "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #da3d651d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #190012aa
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -186,7 +186,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b22594d7
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #e4143ad0
 BACKGROUND = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -221,7 +221,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #fab981c8
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #34945b76
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -235,7 +235,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #19d4821a
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #02284e50
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -260,7 +260,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #827cf94d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #e2e6aa02
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -282,7 +282,9 @@ def train(self: Work):
     ratio = reachable(rows, c.train_pos_neg_ratio)
     if ratio != c.train_pos_neg_ratio: self.say(f"  train_pos_neg_ratio {c.train_pos_neg_ratio} cannot be reached with so few empty tiles; all are used, which gives {ratio}")
     shown = pd.concat([rows]*passes(rows, ratio, epoch), ignore_index=True)
-    train = data(shown, jitter=c.augment, augment=Augment(rgb_of(scale.bands), mean=scale.mean, std=scale.std) if c.augment else None)
+    less = dict(affine=0., elastic=0., colour=0.) if c.augment == "turns" else {}
+    augment = None if c.augment == "none" else Augment(rgb_of(scale.bands), mean=scale.mean, std=scale.std, **less)
+    train = data(shown, jitter=augment is not None, augment=augment)
     sampler = RatioSampler(shown.positive.to_numpy() > 0, ratio, epoch_size=epoch, seed=c.random_seed)
     initialise_bias(network, prior_of(rows, ratio))
     loss = build_loss("focal", alpha=c.focal_alpha, gamma=c.focal_gamma) if c.loss == "focal" else build_loss("bce")
@@ -293,7 +295,7 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #2c53a28d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #09840f26
 def prior_of(
     tiles: pd.DataFrame, # Train tiles with `positive` and `valid` counts of pixels
     ratio: Ratio, # Tiles with positives to empty tiles, as the sampler draws them
@@ -329,7 +331,7 @@ def passes(
     per_pass = some + min(empty, some*ratio.negative/ratio.positive)
     return 1 if epoch is None or not some else max(1, int(np.ceil(epoch/per_pass)))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #777f9472
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #cb3bd44c
 def batch_size_of(
     config: ThawSlumpConfig,
     network: torch.nn.Module, # Tried on the GPU
@@ -351,7 +353,7 @@ def batch_size_of(
         torch.cuda.empty_cache()
     return size
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #71f64c71
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #81f95baa
 def calibration_part(
     split: Split,
 ) -> str: # "cal", or "val" where the two fell together
@@ -370,7 +372,7 @@ def calibrate(self: Work):
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #9c7c1fc8
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #fc2d9285
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -386,7 +388,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #43658930
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #33d99b26
 def best_f(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # That nothing reached
@@ -403,7 +405,7 @@ def best_f(
         reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
         best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #db688422
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #bbc4e392
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -425,7 +427,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #bb5c362e
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #739de19a
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -451,7 +453,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c76c814e
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #7f65fc5d
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold
@@ -474,7 +476,7 @@ def three_of(
     picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
     return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #a2af4d70
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #019b01d7
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -498,7 +500,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c08582e6
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #05c930e5
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -522,7 +524,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #5026443a
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #57ab5691
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -550,7 +552,7 @@ def open_folder(
     if stored.get("recipe") != NAME: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #7d38ec37
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #804402df
 NAME = "thaw_slump"
 
 def run(
