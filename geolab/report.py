@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'SECTIONS', 'RunFiles', 'verdict', 'part_result', 'part_data
            'part_precision', 'part_thresholds', 'part_calibration', 'part_objects', 'part_samples', 'part_map',
            'part_files', 'part_use', 'build_report']
 
-# %% ../nbs/80_report.ipynb #9ed9f3ff
+# %% ../nbs/80_report.ipynb #d952fe45
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from .core import ConfigError, DataError, Ratio, RunError, atomic_file, load_yaml, read_json, sha256_of
+from .core import ConfigError, DataError, GeolabError, Ratio, RunError, atomic_file, load_yaml, read_json, sha256_of
 from .data.splits import Split, plot_split
 from .evaluation.calibration import Calibrator, plot_reliability, reliability
 from .evaluation.metrics import PRCurve, plot_pr, pr_curve
@@ -25,7 +25,7 @@ from .page import Html, Missing, absent, facts, figure, html_page, percent, pick
 from .page import bright_end, encode, plot_columns, plot_map, read_overview, sample_panels
 from .training.fit import plot_history
 
-# %% ../nbs/80_report.ipynb #c0026b41
+# %% ../nbs/80_report.ipynb #bf9f54a9
 class RunFiles:
     "Reads the files of one run folder."
     def __init__(self,
@@ -56,7 +56,7 @@ class RunFiles:
         at = found.get(found.get("chosen"))
         return at if isinstance(at, dict) else {"reason": found.get("reason") or "no threshold was chosen"}
 
-# %% ../nbs/80_report.ipynb #be360258
+# %% ../nbs/80_report.ipynb #1e60c5f0
 NAMES = dict(pixel_logistic="a logistic regression on single pixels", chance="guessing at random", always_negative="never flagging anything",
              always_positive="flagging everything")
 
@@ -85,11 +85,10 @@ def _trust(thresholds, key, why):
     at = thresholds.get(key)
     if not isinstance(at, dict): return f"is missing: {pick(thresholds, key)}."
     if at.get("logit") is None: return f"is missing: {pick(at, 'logit')}."
-    if at.get("certified"):
-        return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 7\u00a0%)."
+    if at.get("certified"): return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 7\u00a0%)."
     return f"is not certified: {(why or at.get('reason') or 'it is a point estimate').rstrip('.')}."
 
-# %% ../nbs/80_report.ipynb #e4df8134
+# %% ../nbs/80_report.ipynb #7eb3f01a
 def verdict(
     run: RunFiles, # A run
 ) -> list[str]: # Plain sentences
@@ -108,7 +107,7 @@ def verdict(
     says += [f"The threshold for {goal} at {wanted} {_trust(thresholds, wanted, why)}"]
     return says + ([f"The map is drawn with another one, for {_ratio_name(drawn)}; it {_trust(thresholds, drawn, why)}"] if drawn not in (None, wanted) else [])
 
-# %% ../nbs/80_report.ipynb #3b3bce31
+# %% ../nbs/80_report.ipynb #827dc450
 def _listed(paths):
     names = [Path(p).name for p in paths]
     return f"{len(names)} files, {names[0]} to {names[-1]}" if len(names) > 3 else ", ".join(names)
@@ -128,7 +127,7 @@ def part_result(run: RunFiles) -> list[Html]:
         "Finished": finished[:16].replace("T", " ") + " UTC" if finished else pick(log, "finished"),
         "Computing time": (f"{seconds/60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s") if done else pick(log, "seconds")})]
 
-# %% ../nbs/80_report.ipynb #da7eee8c
+# %% ../nbs/80_report.ipynb #e479787f
 def part_data(run: RunFiles) -> list[Html]:
     "Audit of the labels, and what rules reach that look at nothing."
     audit, m = run.json("audit.json"), run.json("metrics.json")
@@ -166,7 +165,7 @@ def part_split(run: RunFiles) -> list[Html]:
             f"Map of {len(split.blocks)} blocks in {len(scenes)} scenes, coloured by part.", (6.2, min(6.5, 4.2*tall + .7))),
         table("The certificate: what each part holds, counted on the final windows.", ["part", *keys.values()], cells)]
 
-# %% ../nbs/80_report.ipynb #8cfcfad3
+# %% ../nbs/80_report.ipynb #d2ca67e8
 def part_training(run: RunFiles) -> list[Html]:
     "Learning curves."
     history, stop = run.json("history.json"), run.config.get("early_stopping_metric", "val_loss")
@@ -183,7 +182,7 @@ def part_training(run: RunFiles) -> list[Html]:
         one("learning_rate", lambda ax: plot_columns(history, ["lr"], best, ax).set(ylabel="learning rate"), "Learning rate by epoch.", "Learning rate")],
         class_="row")]
 
-# %% ../nbs/80_report.ipynb #5766da47
+# %% ../nbs/80_report.ipynb #ed7e4aee
 def _curve(hist, ratio, unit):
     try: return pr_curve(hist, ratio, unit, band=None if ratio else .95)
     except DataError as error: return PRCurve(np.zeros(0), None, np.zeros(0), None, None, str(error))
@@ -211,14 +210,13 @@ def part_precision(run: RunFiles) -> list[Html]:
     curves = {"as measured": _curve(hist, None, unit)} | {key: _curve(hist, key, unit) for key in at}
     drawn = {k: v for k, v in curves.items() if v.precision is not None}
     mark = "dots mark the threshold of the map." if logit is not None else f"no threshold is marked: {pick(run.threshold, 'logit')}."
-    caption = ("Precision over recall on the test blocks: the rarer the positives, the lower the curve. "
-               f"The band holds 95\u00a0% of the curves of redrawn blocks; {mark}")
+    caption = f"Precision over recall on the test blocks: the rarer the positives, the lower. The band holds 95\u00a0% of redrawn blocks; {mark}"
     draw = lambda ax: plot_pr(drawn, dict.fromkeys(drawn, logit), ax)
     plot = [figure(run.path, "pr", draw, caption, f"Precision-recall curves: {', '.join(drawn)}.")] if drawn else []
     lost = {v.reason: [k for k in curves if curves[k].reason == v.reason] for v in curves.values() if v.precision is None}
     return plot + [absent(f"No curve at {', '.join(names)}: {reason}.") for reason, names in lost.items()] + [numbers]
 
-# %% ../nbs/80_report.ipynb #e3f4c296
+# %% ../nbs/80_report.ipynb #2b8ba540
 def part_thresholds(run: RunFiles) -> list[Html]:
     "The threshold of each ratio, and what it promises."
     found = run.json("threshold.json")
@@ -229,8 +227,8 @@ def part_thresholds(run: RunFiles) -> list[Html]:
         trust = "yes" if t.get("certified") else t.get("reason") or "no: a point estimate"
         if t.get("logit") is None: return [name, t.get("target_precision"), *[pick(t, "logit")]*5]
         return [name, t.get("target_precision"), *(pick({"reason": "not estimated"} | t, k) for k in ("logit", "probability", "precision", "recall")), trust]
-    where = f"{found.get('part', 'cal')} ({max(v.get('blocks') or 0 for v in per.values())} blocks)"
-    caption = f"Chosen on the part {where}: the threshold of largest recall that reaches the target precision there. Precision and recall are estimates."
+    caption = (f"Chosen on {max(v.get('blocks') or 0 for v in per.values())} blocks of the part {found.get('part', 'cal')}: the threshold of largest recall "
+               "that reaches the target precision there. Precision and recall are estimates.")
     head = ["ratio", "target", "logit", "probability", "precision", "recall", "certified"]
     return [table(caption, head, [row(k, v) for k, v in per.items()], words=[6]), _prevalence(run)]
 
@@ -240,9 +238,8 @@ def _prevalence(run):
     if isinstance(hist, Missing) or t.get("logit") is None: return None
     try: curve = precision_over_prevalence(hist, t["logit"], t["target_precision"], unit)
     except DataError as error: return absent(f"No curve over prevalence: {error}.")
-    even = curve.break_even
-    reach = (f"never reaches {t['target_precision']:g}" if even is None else f"reaches {t['target_precision']:g} at any prevalence" if even == 0 else
-             f"reaches {t['target_precision']:g} down to one positive {unit} in {show(round(1/even))}")
+    even, goal = curve.break_even, f"reaches {t['target_precision']:g}"
+    reach = "nowhere " + goal if even is None else f"{goal} at any prevalence" if even == 0 else f"{goal} down to one positive {unit} in {show(round(1/even))}"
     caption = f"Precision of the threshold of the map on the test blocks, where positive {unit}s are rarer or commoner: it {reach}."
     return figure(run.path, "prevalence", lambda ax: plot_prevalence({"threshold of the map": curve}, t["target_precision"], ax), caption,
                   f"Precision over prevalence: {reach}.", (4.6, 3.))
@@ -267,9 +264,9 @@ def part_objects(run: RunFiles) -> list[Html]:
     names = {"tp": "found", "fn": "missed", "fp": "false", "precision": "precision", "recall": "recall", "f0.5": "F0.5", "f1": "F1"}
     rule = f" A pair needs an IoU of {found['iou']:g}." if "iou" in found else ""
     return [table(f"Connected objects on the map of the test blocks, matched one to one with the labelled ones.{rule}",
-                  ["objects", *(v for k, v in names.items() if k in found)], [["test blocks", *(pick(found, k) for k in names if k in found)]])]
+                  ["objects", *names.values()], [["test blocks", *(pick(found, k) for k in names)]])]
 
-# %% ../nbs/80_report.ipynb #f6c1d3e1
+# %% ../nbs/80_report.ipynb #59f46ddf
 def part_samples(run: RunFiles) -> list[Html]:
     "Tiles that went well, badly and as usual."
     if not (run.path/"samples.npz").is_file(): return [absent("No samples: samples.npz is not in the run folder.")]
@@ -288,7 +285,7 @@ def part_samples(run: RunFiles) -> list[Html]:
                            [tag("b", s["labels"]), f" {s['ids']}: ", *counts]))
     sheet = np.concatenate([np.pad(x, ((0, 6), (0, 0), (0, 0)), constant_values=255) for x in strips])
     with atomic_file(run.path/"figures"/"samples.png") as aside: aside.write_bytes(encode(sheet, "PNG"))
-    text = f"Each tile as image, labels (blue) and probability, from 0 (dark) to {top:g} (yellow); orange encloses what the threshold flags, grey holds no data."
+    text = f"Each tile as image, labels (blue) and probability from 0 (dark) to {top:g} (yellow). Orange encloses what the threshold flags; grey has no data."
     return [tag("p", text), tag("div", out, class_="grid fill")]
 
 def part_map(run: RunFiles, most: int = 6) -> list[Html]:
@@ -312,12 +309,11 @@ def part_map(run: RunFiles, most: int = 6) -> list[Html]:
     return [tag("p", "Calibrated probability; ", text), tag("div", plots, class_="grid" if len(plots) > 1 else None),
             absent(f"{len(paths) - most} more maps are in the folder map.") if len(paths) > most else None]
 
-# %% ../nbs/80_report.ipynb #d027a674
+# %% ../nbs/80_report.ipynb #8e61e298
 def part_files(run: RunFiles) -> list[Html]:
     "Sizes and hashes."
-    left_out = ("report.html", "stages.json", "figures")   # made from this page, or after it
     names = sorted(p.relative_to(run.path) for p in run.path.rglob("*") if p.is_file())
-    names = [n for n in names if n.parts[0] not in left_out and not any(part.startswith(".") for part in n.parts)]
+    names = [n for n in names if n.parts[0] not in ("report.html", "stages.json", "figures") and not any(part[0] == "." for part in n.parts)]
     def size(n): return f"{show(round(n/1e6))} MB" if n >= 1e7 else f"{n/1e6:.1f} MB" if n >= 1e5 else f"{n/1e3:.1f} kB"
     return [table("Files of the run folder, with the first 16 digits of their SHA-256. This page, figures/ and stages.json are left out: they change with it.",
                   ["file", "size", "SHA-256"], [[n.as_posix(), size((run.path/n).stat().st_size), tag("code", sha256_of(run.path/n)[:16])] for n in names])]
@@ -332,7 +328,7 @@ def part_use(run: RunFiles) -> list[Html]:
     return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", python), tabindex=0), tag("p", "In a shell:"),
             tag("pre", tag("code", f"geolab predict {name} image.tif map.tif --polygons"), tabindex=0), tag("p", needs) if needs else None]
 
-# %% ../nbs/80_report.ipynb #2a89821a
+# %% ../nbs/80_report.ipynb #60091d4e
 SECTIONS = (
     ("result", "Result", part_result), ("data", "Labels and baselines", part_data), ("split", "Split", part_split), ("training", "Training", part_training),
     ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("calibration", "Calibration", part_calibration),
@@ -344,7 +340,11 @@ def build_report(
     sections: Iterable[tuple[str, str, Callable]] = SECTIONS, # Anchor, title and function of each part
 ) -> Path: # `report.html` in the folder
     "Write the report of a run, and its figures into `figures/`."
-    run = RunFiles(run_folder)
-    page = html_page(f"Report of the run \u201c{run.path.resolve().name}\u201d", [(anchor, title, draw(run)) for anchor, title, draw in sections])
+    run, parts = RunFiles(run_folder), []
+    for anchor, title, draw in sections:
+        try: parts.append((anchor, title, draw(run)))
+        except GeolabError: raise
+        except Exception as error: raise RunError(f"the part `{title}` cannot be made from {run.path}: {error}; is one of its files broken?") from error
+    page = html_page(f"Report of the run \u201c{run.path.resolve().name}\u201d", parts)
     with atomic_file(run.path/"report.html") as aside: aside.write_text(page, encoding="utf-8")
     return run.path/"report.html"
