@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['Weight', 'stratum_weight', 'PRCurve', 'pr_curve', 'average_precision', 'f_beta', 'metrics_at', 'OperatingPoint',
-           'recall_at_precision', 'precision_at_recall', 'roc_curve', 'bootstrap_interval', 'summary',
-           'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at', 'plot_pr']
+           'recall_at_precision', 'precision_at_recall', 'exact_threshold', 'roc_curve', 'bootstrap_interval',
+           'summary', 'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at',
+           'plot_pr']
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #c32cb1b2
+# %% ../../nbs/evaluation/41_metrics.ipynb #6383150e
 from dataclasses import dataclass
 from typing import Literal, Mapping, NamedTuple, Sequence
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from scipy.stats import norm, t as student_t
+from torch import Tensor
 
 from ..core import DataError, Ratio
 from .scores import ConfusionCounts, ScoreHistogram
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #eb1004d5
+# %% ../../nbs/evaluation/41_metrics.ipynb #12053367
 class Weight(NamedTuple):
     "What one count in an empty tile stands for."
     value: float|None # `None` if it cannot be said
@@ -42,7 +45,7 @@ def stratum_weight(
                         "state a lower prevalence, or give the ratio in tiles")
     return Weight((r*positive - n1)/n0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #e2739483
+# %% ../../nbs/evaluation/41_metrics.ipynb #d9f0a498
 @dataclass(frozen=True)
 class PRCurve:
     "Precision and recall at every threshold that some score distinguishes, from lenient to strict."
@@ -92,7 +95,7 @@ def average_precision(
     missed = 1 - curve.recall[0] if len(curve.recall) else 1.  # positives in the underflow bin: reached by flagging all
     return float(-np.sum(np.diff(curve.recall, append=0)*curve.precision) + missed*curve.positive_fraction)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #6bd5cd43
+# %% ../../nbs/evaluation/41_metrics.ipynb #f2fc7167
 def f_beta(
     precision: float, # From 0 to 1
     recall: float, # From 0 to 1
@@ -125,7 +128,7 @@ def metrics_at(
     else: out |= {"f0.5": f_beta(out["precision"], out["recall"]), "f1": f_beta(out["precision"], out["recall"], 1)}
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #af80ec77
+# %% ../../nbs/evaluation/41_metrics.ipynb #3955c44d
 class OperatingPoint(NamedTuple):
     "A threshold on the curve, or why there is none."
     logit: float|None
@@ -163,7 +166,110 @@ def precision_at_recall(
     "The threshold with the largest precision among those that reach a recall."
     return _point(pr_curve(hist, ratio, unit), "recall", recall, "precision")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #0d67b1c5
+# %% ../../nbs/evaluation/41_metrics.ipynb #aef7e85f
+def _chunks(scores, target, valid, signed=False, step=2**19):
+    "Signed high words, low words or `None`, positive and (or `None`) ignored, piece by piece."
+    for i in range(0, len(scores), step):
+        part = slice(i, i + step)
+        x = scores[part] + 0. if signed else scores[part]  # the sum makes 0.0 of -0.0
+        half = x.view(torch.int16)
+        high, low = (half, None) if x.element_size() == 2 else (half[1::2], half[::2])
+        yield high, low, target[part], None if valid is None else ~valid[part]
+
+def _true(mask):
+    "Positions of the few that are True."
+    return mask.nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+def _coarse(data):
+    "Counts by high word, negatives then positives; words as 0..65535, negative scores first and descending."
+    table = torch.zeros(2, 65536, dtype=torch.int64, device=data[0].device)
+    for high, _, y, ignored in _chunks(*data):
+        if y.dtype != torch.bool:
+            counted = y if ignored is None else y[~ignored]
+            if counted.numel() and not (counted.min() >= 0 and counted.max() <= 1):
+                raise DataError("targets must lie in [0, 1]; mark ignored pixels as not valid")
+            y = y >= .5
+        word = high.int().add_(32768)
+        if ignored is not None: y, word = y & ~ignored, word.masked_fill_(ignored, 65536)
+        table[0] += torch.bincount(word, minlength=65537)[:65536]
+        table[1] += torch.bincount(word[_true(y)], minlength=65536)
+    table[0] -= table[1]
+    return table.cpu().numpy()
+
+def _refined(data, table, bins):
+    "Counts by low word, ascending scores, of some high words: (bin, negative or positive, word)."
+    if data[0].element_size() == 2: return table[:, bins].T[..., None]  # nothing to refine
+    fine = torch.zeros(len(bins), 2*65536, dtype=torch.int64, device=data[0].device)
+    for high, low, y, ignored in _chunks(*data):
+        for row, word in zip(fine, bins.tolist()):
+            inside = _true(high == word - 32768)
+            if ignored is not None: inside = inside[~ignored[inside]]
+            row.index_add_(0, (low[inside].int() & 0xffff) + 65536*(y[inside] >= .5), torch.ones_like(inside))
+    fine = fine.cpu().numpy().reshape(len(bins), 2, 65536)
+    fine[bins < 32768] = fine[bins < 32768][..., ::-1]
+    return fine
+
+def _score(dtype, code, step):
+    "The score of a high word and a position among its ascending low words."
+    if dtype != torch.float32: return torch.tensor([code - 32768], dtype=torch.int16).view(dtype).item()
+    low = 65535 - step if code < 32768 else step
+    return torch.tensor([low - 65536*(low > 32767), code - 32768], dtype=torch.int32).to(torch.int16).view(torch.float32).item()
+
+# %% ../../nbs/evaluation/41_metrics.ipynb #086b884b
+def exact_threshold(
+    scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
+    target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
+    target_precision: float, # Between 0 and 1
+    *,
+    valid: Bool[np.ndarray, "..."]|Bool[Tensor, "..."]|None = None, # True where a score counts
+    negative_weight: float = 1., # What one negative stands for, where negatives were sampled
+) -> OperatingPoint: # `best` only where nothing qualifies
+    "The largest recall with a precision, without sorting and with little memory."
+    if not 0 < target_precision < 1 or not 0 < negative_weight < np.inf:
+        raise DataError(f"`target_precision` must lie between 0 and 1 and `negative_weight` above 0, got {target_precision} and {negative_weight}")
+    tensor = lambda x: x if x is None else x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    scores, target, valid = map(tensor, (scores, target, valid))
+    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise DataError(f"scores must be float16, bfloat16 or float32, got {str(scores.dtype)[6:]}; rounding can make ties, so cast them yourself")
+    for name, x in dict(target=target, valid=valid).items():
+        if x is not None and x.shape != scores.shape:
+            raise DataError(f"`{name}` must have the shape of the scores, {tuple(scores.shape)}, got {tuple(x.shape)}")
+    data = [None if x is None else x.reshape(-1) for x in (scores, target, valid)]
+    table = _coarse(data)
+    if table[:, 0].any(): data, table = [*data, True], _coarse([*data, True])  # there are zeros with a minus sign
+    infinity = 0x7c00 if scores.dtype == torch.float16 else 0x7f80
+    if table[:, (np.arange(-32768, 32768) & 0x7fff) >= infinity].any():
+        raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
+    return _search(data, table, target_precision, negative_weight)
+
+def _growing(bins):
+    "1, 2, 4, then 8 at a time: mostly the first holds the answer."
+    for start, stop in zip([0, 1, 3, *range(7, len(bins), 8)], [1, 3, *range(7, len(bins) + 8, 8)]):
+        if start < len(bins): yield bins[start:stop]
+
+def _search(data, table, target, weight):
+    "Walk the bins that may hold the answer, from lenient to strict."
+    code = np.concatenate([np.arange(32767, -1, -1), np.arange(32768, 65536)])  # ascending scores
+    neg, pos = table[:, code]
+    tp, fp = (x[::-1].cumsum()[::-1] - x for x in (pos, neg))  # above the bin
+    if not pos.any(): return OperatingPoint(None, None, None, weight, None, "no positives")
+    with np.errstate(all="ignore"): hope = np.where(pos > 0, (tp + pos)/(tp + pos + weight*fp), 0)  # as if the bin's positives came before its negatives
+    def inside(bins):
+        for k, (n, p) in zip(bins, _refined(data, table, code[bins])):
+            t, f = (above[k] + x[::-1].cumsum()[::-1] for above, x in ((tp, p), (fp, n)))
+            yield k, t, np.where(p > 0, t/np.maximum(t + weight*f, 1e-300), -1)
+    possible = np.flatnonzero(hope >= target)
+    for bins in _growing(possible):
+        for k, t, precision in inside(bins):
+            if (j := (precision >= target).argmax()) or precision[0] >= target:
+                return OperatingPoint(_score(data[0].dtype, int(code[k]), int(j)), float(precision[j]), float(t[j]/pos.sum()), weight, None)
+    best, order = 0., np.argsort(-hope, kind="stable")
+    for bins in _growing(order):
+        if hope[bins[0]] <= best: break
+        best = max(best, *(float(precision.max()) for _, _, precision in inside(bins)))
+    return OperatingPoint(None, None, None, weight, best, f"no threshold reaches precision {target:g}; the best is {best:.4g}")
+
+# %% ../../nbs/evaluation/41_metrics.ipynb #36f173b2
 def roc_curve(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; changes the mixture of near and far negatives
@@ -177,7 +283,7 @@ def roc_curve(
     fpr, tpr = (np.concatenate([[0.], x[::-1]/x_all, [1.]]) for x, x_all in ((fp, n1 + weight*n0), (tp, positive)))
     return fpr, tpr, float(np.trapezoid(tpr, fpr))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #df770e90
+# %% ../../nbs/evaluation/41_metrics.ipynb #103bcf36
 def _resampled(hist, ratio, unit, replicates, seed, chunk=50):
     "Yield (flagged positives, weighted flagged negatives, positives, all) per bootstrap replicate and distinguishing edge, and the kept edges."
     keep = np.flatnonzero(hist.counts.any((0, 1))[1:])
@@ -204,7 +310,7 @@ def _pr_band(hist, ratio, unit, confidence, replicates, seed):
     ok = np.isfinite(found).all(0)
     return grid[ok], *np.quantile(found[:, ok], [tail, 1 - tail], axis=0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #8ad6a087
+# %% ../../nbs/evaluation/41_metrics.ipynb #b67ba187
 def bootstrap_interval(
     hist: ScoreHistogram, # Counted logits
     logit: float|None = None, # Threshold of precision, recall, IoU and F0.5; `None` leaves them out
@@ -237,7 +343,7 @@ def bootstrap_interval(
         if np.isfinite(column).any(): out[name] = np.nanquantile(column, [tail, 1 - tail]).tolist()
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #a0bc34d6
+# %% ../../nbs/evaluation/41_metrics.ipynb #bc49b4cd
 def summary(
     hist: ScoreHistogram, # Counted logits, of the test part for instance
     logit: float|None, # Threshold; `None` leaves the metrics that need one at `None`
@@ -266,7 +372,7 @@ def trivial_baselines(
         always_negative=dict(accuracy=None if share is None else 1 - share, precision=None, recall=none, iou=none),
         always_positive=dict(accuracy=share, precision=share, recall=all_, iou=share))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #5db53ef5
+# %% ../../nbs/evaluation/41_metrics.ipynb #26fdd3e8
 def class_metrics(
     counts: ConfusionCounts, # True by predicted class
 ) -> dict: # accuracy, and by class precision, recall, f1, support; `None` where nothing was predicted or nothing is there
@@ -300,7 +406,7 @@ def spearman(
     spread = [(n*r*r).sum() for n, r in zip((c.sum(1), c.sum(0)), rank)]
     return float(rank[0]@c@rank[1]/np.sqrt(spread[0]*spread[1])) if min(spread) > 0 else None
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #4190e1f2
+# %% ../../nbs/evaluation/41_metrics.ipynb #3b42e507
 def class_area(
     counts: ConfusionCounts, # Reference sample: true by mapped class
     mapped: Mapping[str, float], # Area of each mapped class, in any unit: pixels, hectares
@@ -338,7 +444,7 @@ def confusion_at(
     counts.counts[:] = np.stack([neg - fp, fp, pos - tp, tp], 1).reshape(-1, 2, 2)
     return counts
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #00c85ff8
+# %% ../../nbs/evaluation/41_metrics.ipynb #438240fa
 def plot_pr(
     curves: dict[str, PRCurve], # By label, e.g. `{"1:500": pr_curve(hist, "1:500", band=.95)}`
     thresholds: dict[str, float|None]|None = None, # Logits to mark, by the same labels

@@ -4,25 +4,23 @@
 
 # %% auto #0
 __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic', 'background_share', 'GateCheck', 'check_gate',
-           'certified_position', 'certify_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
-           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off', 'exact_threshold']
+           'certified_position', 'certify_threshold', 'choose_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
+           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #4a026f42
-from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, Sequence
+# %% ../../nbs/evaluation/44_thresholds.ipynb #91371b5e
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from scipy.stats import norm, spearmanr, t as student_t
-from torch import Tensor
 
 from ..core import DataError, Ratio
 from .calibration import Calibrator
-from .metrics import OperatingPoint, PRCurve, f_beta, metrics_at, pr_curve, recall_at_precision, stratum_weight
+from .metrics import PRCurve, f_beta, metrics_at, pr_curve, recall_at_precision, stratum_weight
 from .scores import ScoreHistogram
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #dcfd73cc
+# %% ../../nbs/evaluation/44_thresholds.ipynb #74511beb
 @dataclass(frozen=True)
 class Threshold:
     "A threshold in logits, what was asked of it, and how sure it is."
@@ -45,7 +43,7 @@ class Threshold:
     @classmethod
     def from_dict(cls, values: dict) -> "Threshold": return cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #87d08e93
+# %% ../../nbs/evaluation/44_thresholds.ipynb #5b6bf02a
 def threshold_for_precision(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # Between 0 and 1
@@ -60,7 +58,7 @@ def threshold_for_precision(
     return Threshold(point.logit, probability, target_precision, prevalence, unit, blocks=len(hist.blocks), reason=point.reason, precision=point.precision,
         recall=point.recall, best_precision=point.best, calibrator=None if calibrator is None else calibrator.hash)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #4699f0db
+# %% ../../nbs/evaluation/44_thresholds.ipynb #192cd767
 class BlockSums(NamedTuple):
     "What the statistic is made of, by block; the flagged ones also by threshold."
     tp: Float[np.ndarray, "block k"] # Flagged positives
@@ -87,7 +85,7 @@ class BlockSums(NamedTuple):
         jack = np.sqrt((b - 1)/b*((without - without.mean(0))**2).sum(0))
         return value(*total), d, np.maximum(1, np.divide(jack, linear, out=np.ones_like(jack), where=linear > 0))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #cbdefacb
+# %% ../../nbs/evaluation/44_thresholds.ipynb #8ec28507
 def hall_statistic(
     m: Float[np.ndarray, " k"], # The statistic, below 0 where precision is above the target
     d: Float[np.ndarray, "block k"], # Influence of each block
@@ -107,7 +105,7 @@ def hall_statistic(
         t = (m + e)/s
         return t + skew*t**2/(3*n**.5) + skew**2*t**3/(27*n) + skew/(6*n**.5), m + e
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #165e1794
+# %% ../../nbs/evaluation/44_thresholds.ipynb #f3c6b3dd
 def background_share(
     hist: ScoreHistogram, # Counted logits, of a new map as well: labels do not matter
     logit: float, # The level of the gate
@@ -136,7 +134,7 @@ def check_gate(
     chance = float(np.prod((new - i)/(blocks + new - i)))
     return GateCheck(outside, bool(chance < .01), chance)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #db64b1bc
+# %% ../../nbs/evaluation/44_thresholds.ipynb #986af7ba
 def certified_position(
     sums: BlockSums, # Thresholds from strict to lenient
     recall: Float[np.ndarray, " k"], # Share of the positives that each threshold finds
@@ -164,7 +162,7 @@ def certified_position(
     last = passes.argmax() + np.argmin(np.append(passes[passes.argmax():], False)) - 1 if passes.any() else None
     return None if last is None else int(allowed[last]), dict(reason=None, allowed=allowed, h=h, m=m, with_worst=with_worst, q=q, d=d, critical=critical)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #ef3a14ab
+# %% ../../nbs/evaluation/44_thresholds.ipynb #6fe50888
 def _interval(prevalence):
     "Low and high end of a stated prevalence."
     if isinstance(prevalence, (str, Ratio)): return [Ratio.parse(prevalence).prevalence]*2
@@ -205,7 +203,7 @@ def _tails(blocks, sums, found, k):
         m=float(found["m"][j]), m_with_worst=float(found["with_worst"][j]), h=float(found["h"][j]), critical=found["critical"], jackknife=float(found["q"][j]),
         blocks_with_true_positives=int((sums.tp[:, k] > 0).sum()), blocks_with_false_positives=int((sums.fp1[:, k] + sums.fp0[:, k] > 0).sum()))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #8de7a2a2
+# %% ../../nbs/evaluation/44_thresholds.ipynb #8bc1724c
 def certify_threshold(
     hist: ScoreHistogram, # Calibration blocks: used for nothing else, not for training, early stopping or calibration
     target_precision: float, # Between 0 and 1
@@ -263,7 +261,27 @@ def _grid(hist, val):
     if not logits: raise DataError("`val` must hold at least one threshold")
     return np.unique([hist.index_of(min(z, hist.edges[-1])) for z in logits])[::-1]
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #517c2b6c
+# %% ../../nbs/evaluation/44_thresholds.ipynb #9a17c340
+def choose_threshold(
+    hist: ScoreHistogram, # Calibration blocks
+    target_precision: float, # Between 0 and 1
+    ratio: Ratio|str|None, # Positives to negatives where the map is drawn; `None` keeps the set's own, and certifies nothing
+    unit: Literal["tile", "pixel"] = "tile", # What the ratio counts
+    calibrator: Calibrator|None = None, # Gives the threshold its probability
+    *,
+    val: ScoreHistogram|Sequence[float], # Other blocks, which fix the order of thresholds; or the thresholds themselves
+    confidence: float = .95, # Of the certificate
+    **options: Any, # `gate`, `prevalence_error`, `deployment_blocks` of `certify_threshold`
+) -> Threshold: # `reason` says why it is not certified, or why there is none
+    "The certified threshold, else the estimated one."
+    guess = threshold_for_precision(hist, target_precision, ratio, unit, calibrator)
+    if ratio is None: return guess if guess.logit is None else replace(guess, reason="not certified: no prevalence was stated")
+    sure = certify_threshold(hist, target_precision, ratio, confidence, val=val, unit=unit, calibrator=calibrator, **options)
+    if sure.certified: return sure
+    reason = guess.reason if guess.logit is None else f"not certified: {sure.reason}"
+    return replace(guess, confidence=confidence, gate=sure.gate, diagnostics=sure.diagnostics, reason=reason)
+
+# %% ../../nbs/evaluation/44_thresholds.ipynb #9a8644ac
 class Plan(NamedTuple):
     "What a target asks of the calibration data."
     false_positive_rate: float # Room in the empty tiles at this recall, with clean surroundings of the positives
@@ -302,7 +320,7 @@ def plan_calibration(
             return plan._replace(blocks=int(blocks), empty_tiles=int(np.ceil(blocks*pilot.tiles[:, 1].sum()/b)), reason=None)
     return plan._replace(reason=f"at recall {recall} the pilot's precision does not exceed {target_precision} by enough; no number of such blocks will do")
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #442054a6
+# %% ../../nbs/evaluation/44_thresholds.ipynb #ce00afbc
 class PrevalenceCurve(NamedTuple):
     "Precision of one threshold over prevalence."
     prevalence: Float[np.ndarray, " n"] # Share of positives, of the unit
@@ -331,7 +349,7 @@ def precision_over_prevalence(
     even = None if room <= 0 else 0. if not fp0 else float(1/(1 + (room/fp0*n0 + n1)/pos))
     return PrevalenceCurve(prevalence, precision, tp/max(hist.counts[:, 0].sum(), 1), even)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #6feeb637
+# %% ../../nbs/evaluation/44_thresholds.ipynb #327c977a
 def plot_prevalence(
     curves: dict[str, PrevalenceCurve], # By label
     target_precision: float|None = None, # Drawn as a line
@@ -373,106 +391,3 @@ def _axes(ax):
     if ax is not None: return ax
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
-
-# %% ../../nbs/evaluation/44_thresholds.ipynb #585f5a40
-def _chunks(scores, target, valid, signed=False, step=2**19):
-    "Signed high words, low words or `None`, positive and (or `None`) ignored, piece by piece."
-    for i in range(0, len(scores), step):
-        part = slice(i, i + step)
-        x = scores[part] + 0. if signed else scores[part]  # the sum makes 0.0 of -0.0
-        half = x.view(torch.int16)
-        high, low = (half, None) if x.element_size() == 2 else (half[1::2], half[::2])
-        yield high, low, target[part], None if valid is None else ~valid[part]
-
-def _true(mask):
-    "Positions of the few that are True."
-    return mask.nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
-
-def _coarse(data):
-    "Counts by high word, negatives then positives; words as 0..65535, negative scores first and descending."
-    table = torch.zeros(2, 65536, dtype=torch.int64, device=data[0].device)
-    for high, _, y, ignored in _chunks(*data):
-        if y.dtype != torch.bool:
-            counted = y if ignored is None else y[~ignored]
-            if counted.numel() and not (counted.min() >= 0 and counted.max() <= 1):
-                raise DataError("targets must lie in [0, 1]; mark ignored pixels as not valid")
-            y = y >= .5
-        word = high.int().add_(32768)
-        if ignored is not None: y, word = y & ~ignored, word.masked_fill_(ignored, 65536)
-        table[0] += torch.bincount(word, minlength=65537)[:65536]
-        table[1] += torch.bincount(word[_true(y)], minlength=65536)
-    table[0] -= table[1]
-    return table.cpu().numpy()
-
-def _refined(data, table, bins):
-    "Counts by low word, ascending scores, of some high words: (bin, negative or positive, word)."
-    if data[0].element_size() == 2: return table[:, bins].T[..., None]  # nothing to refine
-    fine = torch.zeros(len(bins), 2*65536, dtype=torch.int64, device=data[0].device)
-    for high, low, y, ignored in _chunks(*data):
-        for row, word in zip(fine, bins.tolist()):
-            inside = _true(high == word - 32768)
-            if ignored is not None: inside = inside[~ignored[inside]]
-            row.index_add_(0, (low[inside].int() & 0xffff) + 65536*(y[inside] >= .5), torch.ones_like(inside))
-    fine = fine.cpu().numpy().reshape(len(bins), 2, 65536)
-    fine[bins < 32768] = fine[bins < 32768][..., ::-1]
-    return fine
-
-def _score(dtype, code, step):
-    "The score of a high word and a position among its ascending low words."
-    if dtype != torch.float32: return torch.tensor([code - 32768], dtype=torch.int16).view(dtype).item()
-    low = 65535 - step if code < 32768 else step
-    return torch.tensor([low - 65536*(low > 32767), code - 32768], dtype=torch.int32).to(torch.int16).view(torch.float32).item()
-
-# %% ../../nbs/evaluation/44_thresholds.ipynb #14e69e4a
-def exact_threshold(
-    scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
-    target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
-    target_precision: float, # Between 0 and 1
-    *,
-    valid: Bool[np.ndarray, "..."]|Bool[Tensor, "..."]|None = None, # True where a score counts
-    negative_weight: float = 1., # What one negative stands for, where negatives were sampled
-) -> OperatingPoint: # `best` only where nothing qualifies
-    "The largest recall with a precision, without sorting and with little memory."
-    if not 0 < target_precision < 1 or not 0 < negative_weight < np.inf:
-        raise DataError(f"`target_precision` must lie between 0 and 1 and `negative_weight` above 0, got {target_precision} and {negative_weight}")
-    tensor = lambda x: x if x is None else x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    scores, target, valid = map(tensor, (scores, target, valid))
-    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise DataError(f"scores must be float16, bfloat16 or float32, got {str(scores.dtype)[6:]}; rounding can make ties, so cast them yourself")
-    for name, x in dict(target=target, valid=valid).items():
-        if x is not None and x.shape != scores.shape:
-            raise DataError(f"`{name}` must have the shape of the scores, {tuple(scores.shape)}, got {tuple(x.shape)}")
-    data = [None if x is None else x.reshape(-1) for x in (scores, target, valid)]
-    table = _coarse(data)
-    if table[:, 0].any(): data, table = [*data, True], _coarse([*data, True])  # there are zeros with a minus sign
-    infinity = 0x7c00 if scores.dtype == torch.float16 else 0x7f80
-    if table[:, (np.arange(-32768, 32768) & 0x7fff) >= infinity].any():
-        raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
-    return _search(data, table, target_precision, negative_weight)
-
-def _growing(bins):
-    "1, 2, 4, then 8 at a time: mostly the first holds the answer."
-    for start, stop in zip([0, 1, 3, *range(7, len(bins), 8)], [1, 3, *range(7, len(bins) + 8, 8)]):
-        if start < len(bins): yield bins[start:stop]
-
-def _search(data, table, target, weight):
-    "Walk the bins that may hold the answer, from lenient to strict."
-    code = np.concatenate([np.arange(32767, -1, -1), np.arange(32768, 65536)])  # ascending scores
-    neg, pos = table[:, code]
-    tp, fp = (x[::-1].cumsum()[::-1] - x for x in (pos, neg))  # above the bin
-    if not pos.any(): return OperatingPoint(None, None, None, weight, None, "no positives")
-    with np.errstate(all="ignore"): hope = np.where(pos > 0, (tp + pos)/(tp + pos + weight*fp), 0)  # as if the bin's positives came before its negatives
-    def inside(bins):
-        for k, (n, p) in zip(bins, _refined(data, table, code[bins])):
-            t, f = (above[k] + x[::-1].cumsum()[::-1] for above, x in ((tp, p), (fp, n)))
-            yield k, t, np.where(p > 0, t/np.maximum(t + weight*f, 1e-300), -1)
-    possible = np.flatnonzero(hope >= target)
-    for bins in _growing(possible):
-        for k, t, precision in inside(bins):
-            if (j := (precision >= target).argmax()) or precision[0] >= target:
-                return OperatingPoint(_score(data[0].dtype, int(code[k]), int(j)), float(precision[j]), float(t[j]/pos.sum()), weight, None)
-    best, order = 0., np.argsort(-hope, kind="stable")
-    for bins in _growing(order):
-        if hope[bins[0]] <= best: break
-        best = max(best, *(float(precision.max()) for _, _, precision in inside(bins)))
-    return OperatingPoint(None, None, None, weight, best, f"no threshold reaches precision {target:g}; the best is {best:.4g}")
