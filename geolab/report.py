@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'SECTIONS', 'RunFiles', 'verdict', 'part_result', 'part_data
            'part_precision', 'part_thresholds', 'part_calibration', 'part_objects', 'part_samples', 'part_map',
            'part_files', 'part_use', 'build_report']
 
-# %% ../nbs/80_report.ipynb #d952fe45
+# %% ../nbs/80_report.ipynb #4f443a01
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from .page import Html, Missing, absent, facts, figure, html_page, percent, pick
 from .page import bright_end, encode, plot_columns, plot_map, read_overview, sample_panels
 from .training.fit import plot_history
 
-# %% ../nbs/80_report.ipynb #bf9f54a9
+# %% ../nbs/80_report.ipynb #2dad4783
 class RunFiles:
     "Reads the files of one run folder."
     def __init__(self,
@@ -56,7 +56,7 @@ class RunFiles:
         at = found.get(found.get("chosen"))
         return at if isinstance(at, dict) else {"reason": found.get("reason") or "no threshold was chosen"}
 
-# %% ../nbs/80_report.ipynb #1e60c5f0
+# %% ../nbs/80_report.ipynb #5f0b3209
 NAMES = dict(pixel_logistic="a logistic regression on single pixels", chance="guessing at random", always_negative="never flagging anything",
              always_positive="flagging everything")
 
@@ -88,7 +88,7 @@ def _trust(thresholds, key, why):
     if at.get("certified"): return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 7\u00a0%)."
     return f"is not certified: {(why or at.get('reason') or 'it is a point estimate').rstrip('.')}."
 
-# %% ../nbs/80_report.ipynb #7eb3f01a
+# %% ../nbs/80_report.ipynb #2b783a3e
 def verdict(
     run: RunFiles, # A run
 ) -> list[str]: # Plain sentences
@@ -107,7 +107,7 @@ def verdict(
     says += [f"The threshold for {goal} at {wanted} {_trust(thresholds, wanted, why)}"]
     return says + ([f"The map is drawn with another one, for {_ratio_name(drawn)}; it {_trust(thresholds, drawn, why)}"] if drawn not in (None, wanted) else [])
 
-# %% ../nbs/80_report.ipynb #827dc450
+# %% ../nbs/80_report.ipynb #0daa9560
 def _listed(paths):
     names = [Path(p).name for p in paths]
     return f"{len(names)} files, {names[0]} to {names[-1]}" if len(names) > 3 else ", ".join(names)
@@ -127,7 +127,7 @@ def part_result(run: RunFiles) -> list[Html]:
         "Finished": finished[:16].replace("T", " ") + " UTC" if finished else pick(log, "finished"),
         "Computing time": (f"{seconds/60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s") if done else pick(log, "seconds")})]
 
-# %% ../nbs/80_report.ipynb #e479787f
+# %% ../nbs/80_report.ipynb #6eef7ecc
 def part_data(run: RunFiles) -> list[Html]:
     "Audit of the labels, and what rules reach that look at nothing."
     audit, m = run.json("audit.json"), run.json("metrics.json")
@@ -165,7 +165,7 @@ def part_split(run: RunFiles) -> list[Html]:
             f"Map of {len(split.blocks)} blocks in {len(scenes)} scenes, coloured by part.", (6.2, min(6.5, 4.2*tall + .7))),
         table("The certificate: what each part holds, counted on the final windows.", ["part", *keys.values()], cells)]
 
-# %% ../nbs/80_report.ipynb #d2ca67e8
+# %% ../nbs/80_report.ipynb #500ad07d
 def part_training(run: RunFiles) -> list[Html]:
     "Learning curves."
     history, stop = run.json("history.json"), run.config.get("early_stopping_metric", "val_loss")
@@ -182,7 +182,7 @@ def part_training(run: RunFiles) -> list[Html]:
         one("learning_rate", lambda ax: plot_columns(history, ["lr"], best, ax).set(ylabel="learning rate"), "Learning rate by epoch.", "Learning rate")],
         class_="row")]
 
-# %% ../nbs/80_report.ipynb #ed7e4aee
+# %% ../nbs/80_report.ipynb #6e04c912
 def _curve(hist, ratio, unit):
     try: return pr_curve(hist, ratio, unit, band=None if ratio else .95)
     except DataError as error: return PRCurve(np.zeros(0), None, np.zeros(0), None, None, str(error))
@@ -210,13 +210,13 @@ def part_precision(run: RunFiles) -> list[Html]:
     curves = {"as measured": _curve(hist, None, unit)} | {key: _curve(hist, key, unit) for key in at}
     drawn = {k: v for k, v in curves.items() if v.precision is not None}
     mark = "dots mark the threshold of the map." if logit is not None else f"no threshold is marked: {pick(run.threshold, 'logit')}."
-    caption = f"Precision over recall on the test blocks: the rarer the positives, the lower. The band holds 95\u00a0% of redrawn blocks; {mark}"
+    caption = f"Precision over recall on the test blocks: the rarer the positives, the lower. The band holds 95\u00a0% of curves from redrawn blocks; {mark}"
     draw = lambda ax: plot_pr(drawn, dict.fromkeys(drawn, logit), ax)
     plot = [figure(run.path, "pr", draw, caption, f"Precision-recall curves: {', '.join(drawn)}.")] if drawn else []
     lost = {v.reason: [k for k in curves if curves[k].reason == v.reason] for v in curves.values() if v.precision is None}
     return plot + [absent(f"No curve at {', '.join(names)}: {reason}.") for reason, names in lost.items()] + [numbers]
 
-# %% ../nbs/80_report.ipynb #2b8ba540
+# %% ../nbs/80_report.ipynb #76e90be7
 def part_thresholds(run: RunFiles) -> list[Html]:
     "The threshold of each ratio, and what it promises."
     found = run.json("threshold.json")
@@ -266,7 +266,7 @@ def part_objects(run: RunFiles) -> list[Html]:
     return [table(f"Connected objects on the map of the test blocks, matched one to one with the labelled ones.{rule}",
                   ["objects", *names.values()], [["test blocks", *(pick(found, k) for k in names)]])]
 
-# %% ../nbs/80_report.ipynb #59f46ddf
+# %% ../nbs/80_report.ipynb #607593cf
 def part_samples(run: RunFiles) -> list[Html]:
     "Tiles that went well, badly and as usual."
     if not (run.path/"samples.npz").is_file(): return [absent("No samples: samples.npz is not in the run folder.")]
@@ -309,7 +309,7 @@ def part_map(run: RunFiles, most: int = 6) -> list[Html]:
     return [tag("p", "Calibrated probability; ", text), tag("div", plots, class_="grid" if len(plots) > 1 else None),
             absent(f"{len(paths) - most} more maps are in the folder map.") if len(paths) > most else None]
 
-# %% ../nbs/80_report.ipynb #8e61e298
+# %% ../nbs/80_report.ipynb #b45e9f19
 def part_files(run: RunFiles) -> list[Html]:
     "Sizes and hashes."
     names = sorted(p.relative_to(run.path) for p in run.path.rglob("*") if p.is_file())
@@ -328,7 +328,7 @@ def part_use(run: RunFiles) -> list[Html]:
     return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", python), tabindex=0), tag("p", "In a shell:"),
             tag("pre", tag("code", f"geolab predict {name} image.tif map.tif --polygons"), tabindex=0), tag("p", needs) if needs else None]
 
-# %% ../nbs/80_report.ipynb #60091d4e
+# %% ../nbs/80_report.ipynb #6929f0ce
 SECTIONS = (
     ("result", "Result", part_result), ("data", "Labels and baselines", part_data), ("split", "Split", part_split), ("training", "Training", part_training),
     ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("calibration", "Calibration", part_calibration),
