@@ -7,7 +7,7 @@ __all__ = ['BANDS', 'RESOLUTION', 'CHANNEL', 'HEAD', 'KINDS', 'COVERS', 'Ground'
            'place_patches', 'patch_numbers', 'is_kind', 'paint', 'take_image', 'drawn_outline', 'make_scene',
            'make_world']
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #77c561f6
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #5cbcd4f3
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..data.raster import write_geotiff
 from .scenes import (World, blob, clouds, footprint, fractal_field, gradient, hillshade, local_relief, meander, mix_colours, observe, place,
     scene_transforms, write_polygons)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #7b265230
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #73f9f427
 BANDS = ("red", "green", "blue", "ndvi", "relief")
 RESOLUTION = 3. # Side of a pixel, in metres
 CHANNEL = 4.5   # Half the width of the river, in pixels
@@ -68,7 +68,7 @@ def make_ground(
     smooth = ndimage.gaussian_filter(elevation, 6)
     return Ground(elevation, river, distance, gradient(smooth, RESOLUTION), local_relief(elevation, 33))
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #8d96a584
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #0931617a
 HEAD = .42 # Share of the length that lies upslope of the origin
 
 def scar_outline(
@@ -85,7 +85,7 @@ def scar_outline(
     left, right = (half*rng.uniform(.85, 1.15)*(1 + .08*np.interp(u, np.linspace(0, 1, 9), rng.standard_normal(9))) for _ in range(2))
     return length*np.stack([np.r_[u, u[::-1]] - HEAD, np.r_[bend - left, (bend + right)[::-1]]], 1)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #7c8f63d0
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #58937bc7
 KINDS = ("scar", "lobe", "slope", "flat", "top", "bank", "bar")
 
 class Patch(NamedTuple):
@@ -97,14 +97,14 @@ class Patch(NamedTuple):
     heading: float # Downslope axis of scars, in radians from the column axis towards the rows; 0 for others
     length: float # In pixels
 
-def _lengths(area, share, rng, *, median=23., spread=.36, least=0, longest=55.):
+def _lengths(area, share, rng, *, median=23., spread=.33, least=0, longest=55.):
     "Log-normal lengths of things that cover `share*length**2` each, together about `area` pixels."
     found = []
     while len(found) < least or share*np.sum(np.square(found)) < area: found.append(min(median*math.exp(spread*rng.standard_normal()), longest))
     found = np.array(found)
     return np.clip(found*math.sqrt(area/max(share*np.sum(found**2), 1e-9)), 9., longest) if least else found
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #53e452f1
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #d5d7261f
 def _bars(river, rng, size):
     "Crescents along the inner side of each bend."
     along = np.gradient(ndimage.gaussian_filter1d(river, 4, axis=0), axis=0)
@@ -128,7 +128,7 @@ def _lake(row, col, radius, rng):
     bank = np.clip(rng.uniform(-2, 4) + rng.uniform(2, 6)*np.cos(angle - rng.uniform(0, 7)) + 1.5*np.cos(3*angle - rng.uniform(0, 7)), -1, 10)
     return [Patch(kind, outline + [row, col], row, col, 0., 2*radius) for kind, outline in (("bank", shore*(1 + bank/way)[:, None]), ("lake", shore))]
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #1a42be98
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #95fa4b12
 def place_patches(
     ground: Ground, # Where
     prevalence: float, # Share of the pixels that scars cover
@@ -164,11 +164,11 @@ def place_patches(
     got = stand("scar", slope, wanted, .6, horseshoe)
     if got < .7*len(wanted): raise DataError(f"room for only {got} of {len(wanted)} scars on the slopes of a scene; take a larger size or a lower prevalence than {prevalence}")
     stand("lake", flat, _lengths(.035*size**2, np.pi, rng, median=24., spread=.6, longest=70.), 1.35, lambda kind, spot, radius: _lake(*spot, radius, rng))
-    for kind, weight, share, draw in (("lobe", slope, .12, horseshoe), ("slope", slope, .6, roundish), ("flat", flat, 2., roundish), ("top", top, 2., roundish)):
+    for kind, weight, share, draw in (("lobe", slope, .12, horseshoe), ("slope", slope, .5, roundish), ("flat", flat, 2., roundish), ("top", top, 2., roundish)):
         stand(kind, weight, _lengths(share*area, .41, rng), .55, draw)
     return _bars(ground.river, rng, size) + patches
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #38976b26
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #fdaced77
 def patch_numbers(
     patches: list[Patch], # Those later in the list cover those before
     river: Float[np.ndarray, "n 2"], # Middle line of the river
@@ -188,7 +188,7 @@ def is_kind(
     "Pixels covered by patches of these kinds."
     return np.isin(["", *(p.kind for p in patches), "river"], kinds)[numbers]
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #91528d92
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #48be0b31
 COVERS = dict( # reflectance of red, green, blue, near infrared
     tussock=(.085, .085, .050, .300), shrub=(.042, .066, .034, .380), dry=(.130, .118, .078, .290),
     mud=(.165, .140, .110, .230), gravel=(.190, .178, .155, .230), water=(.025, .038, .045, .018))
@@ -206,12 +206,12 @@ def _tundra(ground, texture, rng):
     dry = np.clip(.15 - .3*wet + .04*ground.relief, 0, 1)*(1 - shrub)
     return mix_colours([COVERS[name] for name in ("tussock", "shrub", "dry")], np.stack([1 - shrub - dry, shrub, dry]))
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #3faae87c
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #ccb3956e
 def _walls(patches, numbers, rng):
     "Change of the ground in metres, and darkness from 0 to 1, of the headwalls of scars and the fronts of lobes."
     metres, darkness = np.zeros(numbers.shape, np.float32), np.zeros(numbers.shape, np.float32)
     table = np.array([(0, 0, 0, 1, 0)] + [(p.row, p.col, p.heading, p.length, dict(scar=-1, lobe=.6).get(p.kind, 0)) for p in patches] + [(0, 0, 0, 1, 0)])
-    height, strength = (.6 + .11*table[:, 3])*rng.uniform(.7, 1.3, len(table)), rng.uniform(.4, .8, len(table))
+    height, strength = (.6 + .11*table[:, 3])*rng.uniform(.7, 1.3, len(table)), rng.uniform(.45, .85, len(table))
     on = (table[:, 4] != 0)[numbers]
     inside = ndimage.distance_transform_edt(on)[on]  # pixels from the edge
     i, (r, c) = numbers[on], np.nonzero(on)
@@ -240,7 +240,7 @@ def paint(
     image[:, is_kind(numbers, patches, "lake", "river")] = np.array(COVERS["water"])[:, None]
     return image
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #cbcff162
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #525dd83d
 def take_image(
     reflectance: Float[np.ndarray, "4 h w"], # Of `paint`
     relief: Float[np.ndarray, "h w"], # Local relief, in metres
@@ -259,7 +259,7 @@ def take_image(
     stored = np.stack([*image[:3]*10_000, ((nir - red)/(nir + red) + 1)*10_000, (relief + 100)*100])
     return (np.clip(np.rint(stored/10), 1, 6553)*10).astype(np.uint16)*valid, valid
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #55650173
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #64ee962d
 def drawn_outline(
     outline: Float[np.ndarray, "n 2"], # In pixels
     rng: Generator, # Source of randomness
@@ -273,7 +273,7 @@ def drawn_outline(
     drawn = shapely.Polygon((outline + wobble*error[:, None]/error.std()*normal)[:, ::-1])
     return max(shapely.get_parts(shapely.make_valid(drawn)), key=lambda part: part.area if part.geom_type == "Polygon" else 0)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #6f1a77c8
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #ce986f1d
 def make_scene(
     size: int, # Side, in pixels
     prevalence: float, # Share of the pixels that scars cover
@@ -305,7 +305,7 @@ def make_world(
     seed: int = 0, # Same seed, same bytes
     scenes: int = 4, # Number of scenes; they share no ground
     size: int = 1536, # Side of a scene, in pixels of 3 m; at least 256
-    prevalence: float = .004, # Share of the pixels that scars cover, up to 0.02; at least two scars a scene
+    prevalence: float = .0045, # Share of the pixels that scars cover, up to 0.02; at least two scars a scene
     cloud_cover: float = .012, # Share of each image under clouds
     crs: str = "EPSG:32608", # Of the files: UTM zone 8 north, the Mackenzie country
 ) -> World:
