@@ -8,7 +8,7 @@ __all__ = ['PROFILES', 'ABOUT', 'BACKGROUND', 'TRAIN_KEYS', 'NAME', 'LabelsConfi
            'batch_size_of', 'calibration_part', 'best_f', 'display', 'three_of', 'stages', 'open_folder', 'run',
            'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #3c754451
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #304444ae
 import copy, warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -48,7 +48,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b185e087
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #7716713f
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -74,7 +74,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0b374ecc
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #374afef0
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -129,7 +129,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #74f9859a
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3d08f031
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -144,6 +144,7 @@ steps_per_epoch: 30
 early_stopping_patience: 12
 early_stopping_metric: val_average_precision
 train_pos_neg_ratio: 1:2
+augment: turns
 """,
     full="""
 architecture: unet++
@@ -170,7 +171,7 @@ random_seed: 42
 """)
 ABOUT = "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #190012aa
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #7b4ab492
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -186,7 +187,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #e4143ad0
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #82729ef6
 BACKGROUND = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -221,7 +222,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #34945b76
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #6f702ccb
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -235,7 +236,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #02284e50
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #fe3136b8
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -260,7 +261,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #e2e6aa02
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #136bf931
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -295,7 +296,7 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #09840f26
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #f5b001f4
 def prior_of(
     tiles: pd.DataFrame, # Train tiles with `positive` and `valid` counts of pixels
     ratio: Ratio, # Tiles with positives to empty tiles, as the sampler draws them
@@ -331,7 +332,7 @@ def passes(
     per_pass = some + min(empty, some*ratio.negative/ratio.positive)
     return 1 if epoch is None or not some else max(1, int(np.ceil(epoch/per_pass)))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #cb3bd44c
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #1faeded9
 def batch_size_of(
     config: ThawSlumpConfig,
     network: torch.nn.Module, # Tried on the GPU
@@ -353,7 +354,7 @@ def batch_size_of(
         torch.cuda.empty_cache()
     return size
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #81f95baa
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #9b483fff
 def calibration_part(
     split: Split,
 ) -> str: # "cal", or "val" where the two fell together
@@ -372,7 +373,7 @@ def calibrate(self: Work):
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #fc2d9285
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3e275dff
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -388,7 +389,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #33d99b26
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #74e2de6e
 def best_f(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # That nothing reached
@@ -405,7 +406,7 @@ def best_f(
         reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
         best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #bbc4e392
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #1d0c8ee2
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -427,7 +428,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #739de19a
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ee85f0b9
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -453,7 +454,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #7f65fc5d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #a08044fd
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold
@@ -476,7 +477,7 @@ def three_of(
     picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
     return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #019b01d7
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5d987500
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -500,7 +501,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #05c930e5
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #dbc6099d
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -524,7 +525,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #57ab5691
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #362063b4
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -552,7 +553,7 @@ def open_folder(
     if stored.get("recipe") != NAME: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #804402df
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c7846265
 NAME = "thaw_slump"
 
 def run(
