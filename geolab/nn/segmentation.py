@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['architectures', 'encoders', 'Segmenter', 'build_segmenter', 'describe']
 
-# %% ../../nbs/nn/34_segmentation.ipynb #017390e4
+# %% ../../nbs/nn/34_segmentation.ipynb #145be34d
 import re
 from contextlib import contextmanager, nullcontext
 from typing import Iterable, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, GeolabError, check_shape, nearest
 
-# %% ../../nbs/nn/34_segmentation.ipynb #4a751fe6
+# %% ../../nbs/nn/34_segmentation.ipynb #cf0b1cbe
 def architectures() -> list[str]: # For example `unet`, `unetplusplus`, `deeplabv3plus`
     "Names of the architectures."
     import segmentation_models_pytorch as smp
@@ -29,7 +29,7 @@ def encoders() -> list[str]: # For example `efficientnet-b7`, `mit_b0`, `tu-conv
     import segmentation_models_pytorch as smp, timm
     return sorted(smp.encoders.get_encoder_names()) + [f"tu-{name}" for name in timm.list_models()]
 
-# %% ../../nbs/nn/34_segmentation.ipynb #a8f16058
+# %% ../../nbs/nn/34_segmentation.ipynb #d880d614
 def _key(name):
     "`UNet++` -> `unetplusplus`; what does not tell two names apart is dropped."
     return re.sub("[^a-z0-9.]", "", str(name).lower().replace("+", "plus"))
@@ -43,7 +43,7 @@ def _match(name, names: Iterable[str], what):
     hint = f"did you mean {' or '.join(close)}?" if close else f"`{what}s()` of geolab.nn.segmentation lists them"
     raise ConfigError(f"no {what} is called {name!r}; {hint}")
 
-# %% ../../nbs/nn/34_segmentation.ipynb #a40b6d74
+# %% ../../nbs/nn/34_segmentation.ipynb #9df041a2
 def _mirrored(image, height, width):
     "The image, continued to the right and below by mirroring; the edge row itself is not repeated."
     for axis, size in ((2, height), (3, width)):
@@ -53,7 +53,7 @@ def _mirrored(image, height, width):
         image = image.index_select(axis, torch.minimum(at, (2*n - 2 - at).abs()))
     return image
 
-# %% ../../nbs/nn/34_segmentation.ipynb #49c29bab
+# %% ../../nbs/nn/34_segmentation.ipynb #57e290c2
 class Segmenter(nn.Module):
     "A segmentation network that takes images of any height and width; made by `build_segmenter`."
     def __init__(self,
@@ -69,7 +69,8 @@ class Segmenter(nn.Module):
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         "Height and width at which the network sees an image of this size."
-        return tuple(max(self.minimum, self.minimum - (self.minimum - side)//self.multiple*self.multiple) for side in (height, width))
+        steps = (max(0, -((self.minimum - side)//self.multiple)) for side in (height, width))
+        return tuple(self.minimum + n*self.multiple for n in steps)
 
     def forward(self,
         image: Float[Tensor, "b c h w"], # Standardised bands; any h and w
@@ -80,8 +81,8 @@ class Segmenter(nn.Module):
         try: return self.network(image)[..., :h, :w]
         except ValueError as error:
             if "more than 1 value per channel" not in str(error): raise
-            raise DataError(f"{self.arguments['architecture']} cannot train on {len(image)} image of {h} x {w}: batch normalisation needs two values per channel, "
-                "and a layer that pools the whole image has one; use batches of 2 or more (`drop_last` for a lone last one)") from error
+            raise DataError(f"{self.arguments['architecture']} cannot train on {len(image)} image of {h} x {w}: batch normalisation needs two values "
+                "per channel, and a layer that pools the whole image has one; use batches of 2 or more (`drop_last` for a lone last one)") from error
 
     def _checked(self, image):
         h, w = (check_shape(image, "b c h w", "image", c=self.arguments["in_channels"])[side] for side in "hw")
@@ -92,7 +93,7 @@ class Segmenter(nn.Module):
                 f"build it with `input_size={max(h, w)}`, or cut smaller tiles")
         return h, w
 
-# %% ../../nbs/nn/34_segmentation.ipynb #a382d9f0
+# %% ../../nbs/nn/34_segmentation.ipynb #e5b58fe9
 @torch.no_grad()
 def _sides(network, in_channels, own):
     "`(minimum, multiple, maximum)` that a network takes; `own` is the size that the encoder was made for, or None."
@@ -109,7 +110,7 @@ def _sides(network, in_channels, own):
     network.train(training)
     return minimum, multiple or minimum, None if multiple else minimum
 
-# %% ../../nbs/nn/34_segmentation.ipynb #ce199e49
+# %% ../../nbs/nn/34_segmentation.ipynb #27985197
 def _reachable(url, seconds=5):
     "Does a server answer? Follows the proxies of the environment."
     try: urlopen(Request(url, method="HEAD"), timeout=seconds).close()
@@ -136,7 +137,7 @@ def _weights(encoder, weights):
         raise ConfigError(f"{encoder} has no weights called {weights!r}; there are {', '.join(known) or 'none'}; `None` starts from random weights")
     return weights
 
-# %% ../../nbs/nn/34_segmentation.ipynb #27b6152a
+# %% ../../nbs/nn/34_segmentation.ipynb #4ddac1ea
 def _made_for(encoder, side):
     "Own size of an encoder that was made for one, and the ways to build it, best first; `(None, [{}])` for all others."
     import timm
@@ -155,7 +156,7 @@ def _build(architecture, encoder, in_channels, classes, side, weights):
         except TypeError as error:
             if i + 1 == len(ways) or not any(option in str(error) for option in way): raise
 
-# %% ../../nbs/nn/34_segmentation.ipynb #1f128b04
+# %% ../../nbs/nn/34_segmentation.ipynb #c37e5cca
 def build_segmenter(
     architecture: str, # `unet`, `unet++`, `deeplabv3+`, `fpn`, `segformer`, ...; see `architectures`
     encoder: str, # `efficientnet-b7`, `resnet18`, `tu-convnext_tiny`, ...; see `encoders`
@@ -179,7 +180,7 @@ def build_segmenter(
         return Segmenter(network, arguments, *_sides(network, in_channels, own))
     except Exception as error: raise _explained(error, architecture, encoder, weights) from error
 
-# %% ../../nbs/nn/34_segmentation.ipynb #84d14170
+# %% ../../nbs/nn/34_segmentation.ipynb #45396395
 def _explained(error, architecture, encoder, weights):
     "The error of another library as ours: the pair does not fit, or the weights are out of reach."
     if isinstance(error, (AssertionError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(error, OSError):
@@ -189,7 +190,7 @@ def _explained(error, architecture, encoder, weights):
     return GeolabError(f"the pretrained weights of {encoder} are neither on this machine nor to be had from the hub ({error}); leave `encoder_weights=None` "
         "to start from random weights, or fetch them once where there is a network and set the environment variable HF_HOME to that cache")
 
-# %% ../../nbs/nn/34_segmentation.ipynb #06b2406e
+# %% ../../nbs/nn/34_segmentation.ipynb #7d14dcf6
 def describe(
     network: Segmenter, # From `build_segmenter`
 ) -> dict: # Plain values
