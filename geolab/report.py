@@ -239,7 +239,7 @@ def _prevalence(run):
     try: curve = precision_over_prevalence(hist, t["logit"], t["target_precision"], unit)
     except DataError as error: return absent(f"No curve over prevalence: {error}.")
     even, goal = curve.break_even, f"reaches {t['target_precision']:g}"
-    reach = "nowhere " + goal if even is None else f"{goal} at any prevalence" if even == 0 else f"{goal} down to one positive {unit} in {show(round(1/even))}"
+    reach = "nowhere " + goal if even is None else f"{goal} at any prevalence" if even == 0 else f"{goal} down to one positive {unit} in {show(round(1/even))}" if even < .1 else f"{goal} only where {percent(even)} of the {unit}s or more are positive"
     caption = f"Precision of the threshold of the map on the test blocks, where positive {unit}s are rarer or commoner: it {reach}."
     return figure(run.path, "prevalence", lambda ax: plot_prevalence({"threshold of the map": curve}, t["target_precision"], ax), caption,
                   f"Precision over prevalence: {reach}.", (4.6, 3.))
