@@ -6,7 +6,7 @@
 __all__ = ['BinaryFocalLoss', 'BCELoss', 'FocalLoss', 'TverskyLoss', 'DiceLoss', 'CombinedLoss', 'build_loss', 'focal_inverse',
            'prior_bias', 'initialise_bias']
 
-# %% ../../nbs/nn/30_losses.ipynb #b286973f
+# %% ../../nbs/nn/30_losses.ipynb #1f8c90e7
 import inspect, math
 from typing import Literal, Sequence
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError
 
-# %% ../../nbs/nn/30_losses.ipynb #d6ac6687
+# %% ../../nbs/nn/30_losses.ipynb #2b5b63bc
 def _demand(ok, valid, what, low, high):
     "Raise unless `ok`, a test on the device and all that is waited for."
     if ok: return
@@ -69,7 +69,7 @@ def _number(value, name, low, high=math.inf):
         raise ConfigError(f"`{name}` must be a number from {low:g} to {high:g}, got {value!r}")
     return float(value)
 
-# %% ../../nbs/nn/30_losses.ipynb #c1c10455
+# %% ../../nbs/nn/30_losses.ipynb #f72967fc
 def _focal_terms(z, y, w, gamma, soft):
     "Focal loss of each pixel and its derivative with respect to the logit."
     p = z.sigmoid()
@@ -84,11 +84,18 @@ def _focal_terms(z, y, w, gamma, soft):
     f = w*m.clamp(min=tiny).pow(gamma - 1)
     return f*m*ce, f*torch.add(m*d, slope*(1 - 2*y), alpha=gamma)
 
+def _in_pieces(z, y, w, gamma, soft, size=2**17):
+    "`_focal_terms`, on a CPU in pieces whose dozen of temporaries stay in the cache."
+    if z.device.type != "cpu" or z.numel() <= size: return _focal_terms(z, y, w, gamma, soft)
+    loss, slope = torch.empty(2, *z.shape, dtype=z.dtype)
+    for *given, loss_, slope_ in zip(*(x.flatten().split(size) for x in (z, y, w, loss, slope))): loss_[:], slope_[:] = _focal_terms(*given, gamma, soft)
+    return loss, slope
+
 class _Focal(torch.autograd.Function):
     "`_focal_terms` with the derivative kept from the forward pass."
     @staticmethod
     def forward(ctx, z, y, w, gamma, soft):
-        loss, slope = _focal_terms(z, y, w, gamma, soft)
+        loss, slope = _in_pieces(z, y, w, gamma, soft)
         if ctx.needs_input_grad[0]: ctx.save_for_backward(slope, z, y, w)
         ctx.form = gamma, soft
         return loss
@@ -99,7 +106,7 @@ class _Focal(torch.autograd.Function):
         if torch.is_grad_enabled(): slope = _focal_terms(z, y, w, *ctx.form)[1]  # somebody wants second derivatives
         return grad*slope, None, None, None, None
 
-# %% ../../nbs/nn/30_losses.ipynb #c1152242
+# %% ../../nbs/nn/30_losses.ipynb #0a846d89
 class BinaryFocalLoss(nn.Module):
     "Focal loss of one class against the rest."
     def __init__(self,
@@ -130,7 +137,7 @@ class BinaryFocalLoss(nn.Module):
         weights = "" if self.alpha is None or self.alpha in (0, 1) else f" (a positive weighs {self.alpha/(1 - self.alpha):.3g} negatives)"
         return f"alpha={self.alpha}{weights}, gamma={self.gamma:g}, reduction={self.reduction!r}, soft={self.soft!r}"
 
-# %% ../../nbs/nn/30_losses.ipynb #2f42ad89
+# %% ../../nbs/nn/30_losses.ipynb #a1bef402
 class BCELoss(BinaryFocalLoss):
     "Binary cross-entropy over valid pixels."
     def __init__(self,
@@ -138,7 +145,7 @@ class BCELoss(BinaryFocalLoss):
         reduction: Literal["mean", "sum", "none"] = "mean", # As in `BinaryFocalLoss`
     ): super().__init__(alpha, 0., reduction)
 
-# %% ../../nbs/nn/30_losses.ipynb #3c61504e
+# %% ../../nbs/nn/30_losses.ipynb #6eb7258d
 class FocalLoss(nn.Module):
     "Focal loss: binary for one `alpha`, softmax over K classes for K of them."
     def __init__(self,
@@ -168,7 +175,7 @@ class FocalLoss(nn.Module):
             loss = -self.weights.to(log_p)[target]*_still_wrong(log_p, self.gamma)*log_p
         return _reduce(loss if valid is None else loss*valid, valid, self.reduction)
 
-# %% ../../nbs/nn/30_losses.ipynb #f41067a6
+# %% ../../nbs/nn/30_losses.ipynb #2645be9c
 def _still_wrong(log_p, gamma):
     "(1 - p)^gamma, with a finite slope at p = 1."
     return 1. if gamma == 0 else (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny).pow(gamma)
@@ -191,7 +198,7 @@ def _classes(logits, target, valid, k):
     _demand(ok if valid is None else ok & valid.any(), valid, what, low, high)
     return z.log_softmax(1), target if target.is_floating_point() else target.long(), valid
 
-# %% ../../nbs/nn/30_losses.ipynb #b1dfd482
+# %% ../../nbs/nn/30_losses.ipynb #cea4697d
 class TverskyLoss(nn.Module):
     "Overlap of regions with separate weights for misses and false alarms."
     def __init__(self,
@@ -223,7 +230,7 @@ class TverskyLoss(nn.Module):
 
     def extra_repr(self): return f"fn_weight={self.fn_weight:g}, fp_weight={self.fp_weight:g}, smooth={self.smooth:g}, gamma={self.gamma:g}, per={self.per!r}"
 
-# %% ../../nbs/nn/30_losses.ipynb #da9da4a8
+# %% ../../nbs/nn/30_losses.ipynb #fe5afbd7
 class DiceLoss(TverskyLoss):
     "1 - Dice coefficient of the soft masks."
     def __init__(self,
@@ -232,7 +239,7 @@ class DiceLoss(TverskyLoss):
         per: Literal["batch", "sample"] = "batch", # One overlap for the whole batch, or one per sample and their mean
     ): super().__init__(.5, .5, smooth, per=per)
 
-# %% ../../nbs/nn/30_losses.ipynb #a80f8b7c
+# %% ../../nbs/nn/30_losses.ipynb #0ba20e14
 class CombinedLoss(nn.Module):
     "Weighted sum of focal and Dice loss."
     def __init__(self,
@@ -257,7 +264,7 @@ class CombinedLoss(nn.Module):
 
     def extra_repr(self): return f"focal_weight={self.focal_weight:g}, dice_weight={self.dice_weight:g}"
 
-# %% ../../nbs/nn/30_losses.ipynb #db9738e5
+# %% ../../nbs/nn/30_losses.ipynb #35ff8e93
 def build_loss(
     name: Literal["focal", "bce", "tversky", "dice", "combined"], # Which loss
     **arguments, # Its arguments, e.g. `alpha=.25, gamma=2`
@@ -270,7 +277,7 @@ def build_loss(
         if key not in allowed: raise ConfigError(f"the loss {name!r} has no argument `{key}`; it has {', '.join(allowed)}")
     return losses[name](**arguments)
 
-# %% ../../nbs/nn/30_losses.ipynb #b0f4587e
+# %% ../../nbs/nn/30_losses.ipynb #427ae17d
 def focal_inverse(
     q_logits: Float[Tensor, "..."]|Float[np.ndarray, "..."], # Logits of a network trained with `BinaryFocalLoss`
     alpha: float|None, # The loss's alpha, strictly between 0 and 1, or `None`
@@ -286,7 +293,7 @@ def focal_inverse(
     result = (1 + gamma)*z + shift + z.sign()*((gamma*under).log1p() - (gamma*over).log1p())
     return result if isinstance(q_logits, Tensor) else result.numpy()
 
-# %% ../../nbs/nn/30_losses.ipynb #f283e086
+# %% ../../nbs/nn/30_losses.ipynb #e048210f
 def prior_bias(
     prior: float|Sequence[float], # Share of positives, strictly between 0 and 1; or the shares of K classes, which sum to 1
 ) -> Float[Tensor, " k"]: # Biases of the last layer: (1,) or (K,)
@@ -296,7 +303,7 @@ def prior_bias(
     if not ok: raise ConfigError(f"`prior` must be a share strictly between 0 and 1, or shares of 2 or more classes that sum to 1; got {prior}")
     return (shares.logit()[None] if shares.ndim == 0 else shares.log()).float()
 
-# %% ../../nbs/nn/30_losses.ipynb #06842f0b
+# %% ../../nbs/nn/30_losses.ipynb #2a55d30f
 def initialise_bias(
     network: nn.Module, # Changed in place; its last convolution or linear layer, in the order of definition, is the head
     prior: float|Sequence[float], # As in `prior_bias`
