@@ -7,7 +7,7 @@ __all__ = ['fractal_field', 'correlated_noise', 'gradient', 'hillshade', 'local_
            'place', 'clouds', 'footprint', 'mix_colours', 'observe', 'scene_transforms', 'write_polygons', 'World',
            'to_rgb']
 
-# %% ../../nbs/worlds/20_scenes.ipynb #ebce4377
+# %% ../../nbs/worlds/20_scenes.ipynb #f92ed214
 import math, threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from scipy import fft, ndimage
 
 from ..core import DataError, atomic_file, check_shape
 
-# %% ../../nbs/worlds/20_scenes.ipynb #ec47f36e
+# %% ../../nbs/worlds/20_scenes.ipynb #33708d19
 def _filtered(shape, rng, gain):
     "White noise times a gain in frequency; mean 0, deviation 1."
     if len(shape) != 2 or min(shape) < 2: raise DataError(f"expected a shape (h, w) of at least 2 x 2 pixels, got {tuple(shape)}")
@@ -47,7 +47,7 @@ def fractal_field(
     lowest = 1/(longest or max(shape))
     return _filtered(shape, rng, lambda f: (f**2 + lowest**2)**np.float32(-exponent/4))
 
-# %% ../../nbs/worlds/20_scenes.ipynb #730520a2
+# %% ../../nbs/worlds/20_scenes.ipynb #81f71ea0
 def correlated_noise(
     shape: tuple[int, int], # (h, w) in pixels
     rng: Generator, # Source of randomness
@@ -57,7 +57,7 @@ def correlated_noise(
     if not length > 0: raise DataError(f"the correlation length must be above 0 pixels, got {length}")
     return _filtered(shape, rng, lambda f: np.exp(-(math.pi*length*f)**2/2, dtype=np.float32))
 
-# %% ../../nbs/worlds/20_scenes.ipynb #2f487428
+# %% ../../nbs/worlds/20_scenes.ipynb #cb5829b7
 def gradient(
     elevation: Float[np.ndarray, "h w"], # In metres
     resolution: float, # Side of a pixel, in metres
@@ -79,7 +79,7 @@ def hillshade(
     cosine = (np.sin(h) - np.cos(h)*(np.sin(a)*east - np.cos(a)*south))/np.sqrt(1 + south**2 + east**2)
     return np.maximum(cosine, 0).astype(np.float32)
 
-# %% ../../nbs/worlds/20_scenes.ipynb #c76c8262
+# %% ../../nbs/worlds/20_scenes.ipynb #89563fee
 def local_relief(
     elevation: Float[np.ndarray, "h w"], # In metres
     radius: int, # Half the side of the square of comparison, in pixels
@@ -87,7 +87,7 @@ def local_relief(
     "Height above the mean of the surroundings."
     return elevation - ndimage.uniform_filter(elevation, 2*radius + 1, mode="nearest")
 
-# %% ../../nbs/worlds/20_scenes.ipynb #0ea2fe1d
+# %% ../../nbs/worlds/20_scenes.ipynb #21a3f5e0
 def meander(
     length: float, # Way along the river, in pixels
     rng: Generator, # Source of randomness
@@ -108,7 +108,7 @@ def meander(
     angle = heading + bends + wander*ndimage.gaussian_filter1d(drift(4*wavelength), wavelength, mode="nearest")
     return np.cumsum(np.stack([np.sin(angle), np.cos(angle)], 1), axis=0)
 
-# %% ../../nbs/worlds/20_scenes.ipynb #48e6157a
+# %% ../../nbs/worlds/20_scenes.ipynb #d5e7e339
 def polygon_area(
     outline: Float[np.ndarray, "n 2"], # Corners in order
 ) -> float: # In square pixels
@@ -135,7 +135,7 @@ def blob(
     shape = shape @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     return shape*radius*np.sqrt(np.pi/polygon_area(shape))
 
-# %% ../../nbs/worlds/20_scenes.ipynb #3272278d
+# %% ../../nbs/worlds/20_scenes.ipynb #b42cf071
 def place(
     weight: Float[np.ndarray, "h w"], # How likely each pixel is as a centre; 0 where nothing may stand, not even a part of it
     radii: Sequence[float], # Of the things, in pixels, in the order in which they are placed
@@ -162,7 +162,7 @@ def place(
         if ok[first]: stand = np.vstack([stand, (row[first], col[first], radius)])
     return found
 
-# %% ../../nbs/worlds/20_scenes.ipynb #ec276dcd
+# %% ../../nbs/worlds/20_scenes.ipynb #b6152ec4
 def clouds(
     shape: tuple[int, int], # (h, w) in pixels
     rng: Generator, # Source of randomness
@@ -179,7 +179,7 @@ def clouds(
     opacity = np.clip((field - np.quantile(field, 1 - cover))/edge + .5, 0, 1).astype(np.float32)
     return opacity, np.roll(opacity, shift, (0, 1))
 
-# %% ../../nbs/worlds/20_scenes.ipynb #b0044f0e
+# %% ../../nbs/worlds/20_scenes.ipynb #718128b3
 def footprint(
     shape: tuple[int, int], # (h, w) in pixels
     rng: Generator, # Source of randomness
@@ -194,7 +194,7 @@ def footprint(
     def inside(across, along, margin): return across > margin[0] + (margin[1] - margin[0])*along
     return inside(x, y, margins[0]) & inside(1 - x, y, margins[1]) & inside(y, x, margins[2]) & inside(1 - y, x, margins[3])
 
-# %% ../../nbs/worlds/20_scenes.ipynb #7142a69f
+# %% ../../nbs/worlds/20_scenes.ipynb #c11ee181
 def mix_colours(
     colours: Float[np.ndarray, "k c"], # Reflectance of each cover in each band
     shares: Float[np.ndarray, "k h w"], # Share of each cover in each pixel; they should add up to 1
@@ -203,7 +203,7 @@ def mix_colours(
     check_shape(shares, "k h w", "shares", k=check_shape(colours, "k c", "colours")["k"])
     return np.tensordot(np.asarray(colours, np.float32).T, np.asarray(shares, np.float32), 1)
 
-# %% ../../nbs/worlds/20_scenes.ipynb #2dd983fb
+# %% ../../nbs/worlds/20_scenes.ipynb #d37a166c
 def observe(
     image: Float[np.ndarray, "c h w"], # Reflectance
     rng: Generator, # Source of randomness
@@ -217,7 +217,7 @@ def observe(
     for band, deviation in zip(seen, np.broadcast_to(noise, bands)): band += np.float32(deviation)*rng.standard_normal(band.shape, dtype=np.float32)
     return seen
 
-# %% ../../nbs/worlds/20_scenes.ipynb #ddc5b80d
+# %% ../../nbs/worlds/20_scenes.ipynb #6b53f344
 def scene_transforms(
     scenes: int, # How many
     size: int, # Side of a scene, in pixels
@@ -232,7 +232,7 @@ def scene_transforms(
     columns, step = math.ceil(math.sqrt(scenes)), size*resolution*(1 + gap)
     return [Affine(resolution, 0, west + k%columns*step, 0, -resolution, north - k//columns*step) for k in range(scenes)]
 
-# %% ../../nbs/worlds/20_scenes.ipynb #337829b7
+# %% ../../nbs/worlds/20_scenes.ipynb #b4a8cdc2
 _WRITING = threading.Lock()
 
 def write_polygons(
@@ -250,7 +250,7 @@ def write_polygons(
         finally: pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
     return Path(path)
 
-# %% ../../nbs/worlds/20_scenes.ipynb #8f742bf4
+# %% ../../nbs/worlds/20_scenes.ipynb #ab7d2521
 @dataclass(frozen=True)
 class World:
     "A made world on disk, and the truth about it."
@@ -264,7 +264,7 @@ class World:
         return (f"World of {len(self.images)} scenes with {', '.join(self.bands)}: {self.stats.get('objects', '?')} objects, "
                 f"{100*self.stats.get('positive_fraction', math.nan):.2f} % of the pixels positive")
 
-# %% ../../nbs/worlds/20_scenes.ipynb #73758b3f
+# %% ../../nbs/worlds/20_scenes.ipynb #eb1bed3d
 def to_rgb(
     image: Float[np.ndarray, "c h w"], # Any units; the first three bands are red, green and blue
     valid: Bool[np.ndarray, "h w"]|None = None, # Where there is data; `None`: everywhere

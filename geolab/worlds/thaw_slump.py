@@ -7,7 +7,7 @@ __all__ = ['BANDS', 'RESOLUTION', 'CHANNEL', 'HEAD', 'KINDS', 'COVERS', 'Ground'
            'place_patches', 'patch_numbers', 'is_kind', 'paint', 'take_image', 'drawn_outline', 'make_scene',
            'make_world']
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #5cbcd4f3
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #02c1105b
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..data.raster import write_geotiff
 from .scenes import (World, blob, clouds, footprint, fractal_field, gradient, hillshade, local_relief, meander, mix_colours, observe, place,
     scene_transforms, write_polygons)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #73f9f427
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #ecd65911
 BANDS = ("red", "green", "blue", "ndvi", "relief")
 RESOLUTION = 3. # Side of a pixel, in metres
 CHANNEL = 4.5   # Half the width of the river, in pixels
@@ -68,7 +68,7 @@ def make_ground(
     smooth = ndimage.gaussian_filter(elevation, 6)
     return Ground(elevation, river, distance, gradient(smooth, RESOLUTION), local_relief(elevation, 33))
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #0931617a
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #359802b1
 HEAD = .42 # Share of the length that lies upslope of the origin
 
 def scar_outline(
@@ -85,7 +85,7 @@ def scar_outline(
     left, right = (half*rng.uniform(.85, 1.15)*(1 + .08*np.interp(u, np.linspace(0, 1, 9), rng.standard_normal(9))) for _ in range(2))
     return length*np.stack([np.r_[u, u[::-1]] - HEAD, np.r_[bend - left, (bend + right)[::-1]]], 1)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #58937bc7
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #a5db9c3f
 KINDS = ("scar", "lobe", "slope", "flat", "top", "bank", "bar")
 
 class Patch(NamedTuple):
@@ -104,7 +104,7 @@ def _lengths(area, share, rng, *, median=23., spread=.33, least=0, longest=55.):
     found = np.array(found)
     return np.clip(found*math.sqrt(area/max(share*np.sum(found**2), 1e-9)), 9., longest) if least else found
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #d5d7261f
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #3a14b903
 def _bars(river, rng, size):
     "Crescents along the inner side of each bend."
     along = np.gradient(ndimage.gaussian_filter1d(river, 4, axis=0), axis=0)
@@ -128,7 +128,7 @@ def _lake(row, col, radius, rng):
     bank = np.clip(rng.uniform(-2, 4) + rng.uniform(2, 6)*np.cos(angle - rng.uniform(0, 7)) + 1.5*np.cos(3*angle - rng.uniform(0, 7)), -1, 10)
     return [Patch(kind, outline + [row, col], row, col, 0., 2*radius) for kind, outline in (("bank", shore*(1 + bank/way)[:, None]), ("lake", shore))]
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #95fa4b12
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #47ceb74e
 def place_patches(
     ground: Ground, # Where
     prevalence: float, # Share of the pixels that scars cover
@@ -168,7 +168,7 @@ def place_patches(
         stand(kind, weight, _lengths(share*area, .41, rng), .55, draw)
     return _bars(ground.river, rng, size) + patches
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #fdaced77
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #45ccc511
 def patch_numbers(
     patches: list[Patch], # Those later in the list cover those before
     river: Float[np.ndarray, "n 2"], # Middle line of the river
@@ -188,7 +188,7 @@ def is_kind(
     "Pixels covered by patches of these kinds."
     return np.isin(["", *(p.kind for p in patches), "river"], kinds)[numbers]
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #48be0b31
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #04a5a22e
 COVERS = dict( # reflectance of red, green, blue, near infrared
     tussock=(.085, .085, .050, .300), shrub=(.042, .066, .034, .380), dry=(.130, .118, .078, .290),
     mud=(.165, .140, .110, .230), gravel=(.190, .178, .155, .230), water=(.025, .038, .045, .018))
@@ -206,7 +206,7 @@ def _tundra(ground, texture, rng):
     dry = np.clip(.15 - .3*wet + .04*ground.relief, 0, 1)*(1 - shrub)
     return mix_colours([COVERS[name] for name in ("tussock", "shrub", "dry")], np.stack([1 - shrub - dry, shrub, dry]))
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #ccb3956e
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #bae07d63
 def _walls(patches, numbers, rng):
     "Change of the ground in metres, and darkness from 0 to 1, of the headwalls of scars and the fronts of lobes."
     metres, darkness = np.zeros(numbers.shape, np.float32), np.zeros(numbers.shape, np.float32)
@@ -240,7 +240,7 @@ def paint(
     image[:, is_kind(numbers, patches, "lake", "river")] = np.array(COVERS["water"])[:, None]
     return image
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #525dd83d
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #a6acad02
 def take_image(
     reflectance: Float[np.ndarray, "4 h w"], # Of `paint`
     relief: Float[np.ndarray, "h w"], # Local relief, in metres
@@ -259,7 +259,7 @@ def take_image(
     stored = np.stack([*image[:3]*10_000, ((nir - red)/(nir + red) + 1)*10_000, (relief + 100)*100])
     return (np.clip(np.rint(stored/10), 1, 6553)*10).astype(np.uint16)*valid, valid
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #64ee962d
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #f805ccee
 def drawn_outline(
     outline: Float[np.ndarray, "n 2"], # In pixels
     rng: Generator, # Source of randomness
@@ -273,7 +273,7 @@ def drawn_outline(
     drawn = shapely.Polygon((outline + wobble*error[:, None]/error.std()*normal)[:, ::-1])
     return max(shapely.get_parts(shapely.make_valid(drawn)), key=lambda part: part.area if part.geom_type == "Polygon" else 0)
 
-# %% ../../nbs/worlds/24_thaw_slump.ipynb #ce986f1d
+# %% ../../nbs/worlds/24_thaw_slump.ipynb #d04571cd
 def make_scene(
     size: int, # Side, in pixels
     prevalence: float, # Share of the pixels that scars cover
