@@ -1,6 +1,7 @@
 """`geolab run thaw_slump` as a person starts it: on made and on real data, killed and continued, looked at afterwards."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_folder_is_complete(whole):
     assert [line.split("]")[0] for line in said.splitlines() if line.startswith("[")] == [f"[{i}/10" for i in range(1, 11)]
     run = Run.load(out)
     assert run.metrics["test"]["average_precision"] is not None and run.model is not None
-    assert "http" not in (out / "report.html").read_text().replace("http://www.w3.org", "").replace("https://doi.org", "")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", (out / "report.html").read_text())  # opens without a network
 
 
 def test_the_same_command_does_nothing_more(whole):
@@ -133,7 +134,7 @@ def test_real_image_and_polygons(tmp_path, real_data):
     out = tmp_path / "run"
     said = geolab("run", "thaw_slump", "--images", folder / "sample_geotiff.tif", "--labels", folder / "geotiff_labels.geojson", "--out", out, settings=["max_epochs=6"])
     audit = read_json(out / "audit.json")
-    assert "43" in json.dumps(audit) and round(100 * audit["positive_fraction"], 2) == 4.18, said
+    assert "43" in json.dumps(audit) and round(100 * audit["total"]["positive_fraction"], 2) == 4.18, said
     run = Run.load(out)
     assert run.metrics["test"]["average_precision"] > 3 * run.metrics["test"]["positive_fraction"]
     threshold = run.thresholds[read_json(out / "threshold.json")["chosen"]].probability

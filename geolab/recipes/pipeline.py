@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'fingerprint', 'check_space']
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #eed1668d
+# %% ../../nbs/recipes/70_pipeline.ipynb #eed176cd
 import errno, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterable
 from ..core import ConfigError, RunError, content_hash, load_yaml, override
 from ..training.runs import StageLog
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #7f97f93c
+# %% ../../nbs/recipes/70_pipeline.ipynb #9de7952a
 @dataclass(frozen=True)
 class Stage:
     "One step of a recipe."
@@ -27,7 +27,7 @@ class Stage:
     keys: tuple[str, ...] = ()         # Top-level configuration keys that change its result
     costly: bool = False               # Never made anew without `force`
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #365c776e
+# %% ../../nbs/recipes/70_pipeline.ipynb #088235ba
 def stage_keys(
     stages: Iterable[Stage], # In the order in which they run
     config: dict, # Plain values of the whole configuration
@@ -41,14 +41,14 @@ def stage_keys(
         keys[stage.name] = content_hash([stage.name, {k: config.get(k) for k in stage.keys}, [keys[n] for n in stage.needs], inputs])
     return keys
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #7377d866
+# %% ../../nbs/recipes/70_pipeline.ipynb #4468e111
 @contextmanager
 def alone_in(
     folder: Path|str, # The run folder; made if it is missing
 ):
     "Hold the only right to write a run folder."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder)/".lock", "w") as lock:
+    with open(Path(folder)/".lock", "a") as lock:
         try: import fcntl
         except ImportError: fcntl = None  # Windows has no such lock
         try:
@@ -56,7 +56,7 @@ def alone_in(
         except OSError: raise RunError(f"another geolab is at work in {folder}; wait for it, or give another --out") from None
         yield
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #cb69f2cf
+# %% ../../nbs/recipes/70_pipeline.ipynb #891113f9
 def run_stages(
     stages: list[Stage], # In order
     work: Any, # The recipe's own object; handed to every stage
@@ -67,41 +67,38 @@ def run_stages(
     inputs: Any = None, # What identifies the input data
     until: str|None = None, # Last stage to run; `None` runs all
     force: bool = False, # Make every stage anew, training too
+    begin: Callable[[], None]|None = None, # Called when nothing stands in the way, before the first stage
     say: Callable[[str], None] = print, # Where the announcements go
 ) -> None:
     "Run the stages that are not done; announce each."
     names = [s.name for s in stages]
     if until is not None and until not in names:
         raise ConfigError(f"no stage `{until}`; the stages are {', '.join(names)}")
-    keys = stage_keys(stages, config, inputs)
-    log = StageLog(folder, recipe, names)
-    if force:
-        (folder/"stages.json").unlink(missing_ok=True)
-        shutil.rmtree(folder/"checkpoints", ignore_errors=True)
+    keys, chosen = stage_keys(stages, config, inputs), stages if until is None else stages[:names.index(until) + 1]
+    with alone_in(folder):
         log = StageLog(folder, recipe, names)
-    chosen = stages if until is None else stages[:names.index(until) + 1]
-    with alone_in(folder): _run(chosen, work, folder, keys, log, say)
+        if force:
+            (folder/"stages.json").unlink(missing_ok=True)
+            shutil.rmtree(folder/"checkpoints", ignore_errors=True)
+            log = StageLog(folder, recipe, names)
+        lost = [stage.name for stage in chosen if stage.costly and log.key(stage.name) not in (None, keys[stage.name])]
+        if lost: raise RunError(f"{folder} holds a finished `{lost[0]}` for other settings or data; give another --out to keep it, or --force to make this run anew")
+        if begin: begin()
+        for number, stage in enumerate(chosen, 1): _do(stage, f"[{number}/{len(chosen)}] {stage.name}", work, folder, keys[stage.name], log, say)
 
-def _run(chosen, work, folder, keys, log, say):
-    for number, stage in enumerate(chosen, 1):
-        head = f"[{number}/{len(chosen)}] {stage.name}"
-        if log.done(stage.name, keys[stage.name]):
-            say(f"{head}: done before")
-            continue
-        if stage.costly and log.key(stage.name) not in (None, keys[stage.name]):
-            raise RunError(f"{folder} holds a finished `{stage.name}` for other settings or data; "
-                           "give another --out to keep it, or --force to make this run anew")
-        say(f"{head}: {stage.title}")
-        start = time.perf_counter()
-        try: outputs = list(stage.work(work))
-        except OSError as error: raise _no_space(error, folder) or error
-        log.record(stage.name, keys[stage.name], outputs, time.perf_counter() - start)
+def _do(stage, head, work, folder, key, log, say):
+    if log.done(stage.name, key): return say(f"{head}: done before")
+    say(f"{head}: {stage.title}")
+    start = time.perf_counter()
+    try: outputs = list(stage.work(work))
+    except OSError as error: raise _no_space(error, folder) or error
+    log.record(stage.name, key, outputs, time.perf_counter() - start)
 
 def _no_space(error, folder):
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return RunError(f"no space left for {folder} ({error.strerror}); free some and run the same command again: it continues")
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #85d4bca9
+# %% ../../nbs/recipes/70_pipeline.ipynb #5ac1f241
 def merge_config(
     profiles: dict[str, str], # Name of each profile to its YAML text
     profile: str, # Which one to start from
@@ -116,14 +113,14 @@ def merge_config(
 def _over(base, new):
     return base | {k: _over(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in new.items()}
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #f92009c1
+# %% ../../nbs/recipes/70_pipeline.ipynb #bc4e1a25
 def fingerprint(
     paths: Iterable[Path|str], # Files
 ) -> list: # Plain values for `inputs`
     "Name, size and modification time of each file."
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in map(lambda x: Path(x).resolve(), paths)]
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #cf909601
+# %% ../../nbs/recipes/70_pipeline.ipynb #b3831a16
 def check_space(
     folder: Path|str, # Where the run will be written; it need not exist
     needed: int, # Bytes

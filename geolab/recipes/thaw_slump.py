@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'ABOUT', 'OBSERVED', 'TRAIN_KEYS', 'NAME', 'LabelsConfig'
            'validation_metrics', 'Work', 'chosen_bands', 'prior_of', 'rgb_of', 'reachable', 'passes', 'batch_size_of',
            'calibration_part', 'best_f', 'display', 'three_of', 'stages', 'open_folder', 'run', 'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #14caa97c
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #0a9210c7
 import copy, warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -47,7 +47,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #a6d2252c
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #8f52780b
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -73,7 +73,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #eb74f0cc
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #190880de
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -129,7 +129,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #2e638bb9
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #4e2a0392
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -171,7 +171,7 @@ random_seed: 42
 """)
 ABOUT = "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b5238ac5
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #9fa1a1fa
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -187,7 +187,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #4c85d128
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #56678c94
 OBSERVED = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -222,7 +222,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0d7c58a0
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #fa4ae46c
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -236,7 +236,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b0e97fb7
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #f058b799
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -261,7 +261,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #f2223937
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5e5b45d9
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -296,7 +296,7 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #fe304281
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ebf7fecb
 def prior_of(
     tiles: pd.DataFrame, # Train tiles with `positive` and `valid` counts of pixels
     ratio: Ratio, # Tiles with positives to empty tiles, as the sampler draws them
@@ -332,7 +332,7 @@ def passes(
     per_pass = some + min(empty, some*ratio.negative/ratio.positive)
     return 1 if epoch is None or not some else max(1, int(np.ceil(epoch/per_pass)))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #93bd65bc
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #9389485e
 def batch_size_of(
     config: ThawSlumpConfig,
     network: torch.nn.Module, # Tried on the GPU
@@ -354,7 +354,7 @@ def batch_size_of(
         torch.cuda.empty_cache()
     return size
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #fe2424d7
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c843684c
 def calibration_part(
     split: Split,
 ) -> str: # "cal", or "val" where the two fell together
@@ -373,7 +373,7 @@ def calibrate(self: Work):
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #50580993
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3582a812
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -390,7 +390,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #842263c3
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #9658ff3d
 def best_f(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # That nothing reached
@@ -407,7 +407,7 @@ def best_f(
         reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
         best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #090b3c35
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #e686e807
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -429,7 +429,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #81e0209d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #fcf429f9
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -455,7 +455,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #ed445da1
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b4c8e19a
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold
@@ -478,7 +478,7 @@ def three_of(
     picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
     return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #7968633b
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #37503588
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -502,7 +502,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #68faa911
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #1879e02a
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -526,7 +526,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment", "deterministic")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c492eb2f
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #dd5274ac
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -548,13 +548,13 @@ def open_folder(
 ) -> dict|None: # What `config.yaml` in it says; `None` if there is nothing yet
     "Read what a run folder is about; refuse a folder that is something else."
     folder = Path(folder)
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return None
+    if not folder.exists() or folder.is_dir() and not any(p.name != ".lock" for p in folder.iterdir()): return None
     if not (folder/"config.yaml").exists(): raise RunError(f"{folder} holds other things and is not a run folder; give another --out")
     stored = load_yaml(folder/"config.yaml")
     if stored.get("recipe") != NAME: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #cba95aa1
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #d0dc7171
 NAME = "thaw_slump"
 
 def run(
@@ -598,7 +598,8 @@ def _go(config, folder, data, profile, force, until, say):
     vectors = [] if work.made else [*find_images(data["labels"])] if Path(data["labels"]).is_dir() else [Path(p) for p in (data["labels"], data["aoi"]) if p and Path(p).is_file()]
     inputs = None if work.made else fingerprint([*work.images, *vectors])
     text = yaml.safe_dump(dict(recipe=NAME, profile=profile, geolab=__version__, data=data, config=config.plain()), sort_keys=False)
-    if not (folder/"config.yaml").exists() or (folder/"config.yaml").read_text() != text:
+    def begin():
+        if (folder/"config.yaml").exists() and (folder/"config.yaml").read_text() == text: return
         with atomic_file(folder/"config.yaml") as f: f.write_text(text)
-    run_stages(stages(work.made), work, folder, config.plain(), recipe=NAME, inputs=inputs, until=until, force=force, say=say)
+    run_stages(stages(work.made), work, folder, config.plain(), recipe=NAME, inputs=inputs, until=until, force=force, begin=begin, say=say)
     return Run.load(folder, partial=until is not None)
