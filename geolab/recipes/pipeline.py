@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'fingerprint', 'check_space']
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #92b0ccb2
+# %% ../../nbs/recipes/70_pipeline.ipynb #fd95ff56
 import errno, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterable
 from ..core import ConfigError, RunError, content_hash, load_yaml, override
 from ..training.runs import StageLog
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #199018ac
+# %% ../../nbs/recipes/70_pipeline.ipynb #53799fae
 @dataclass(frozen=True)
 class Stage:
     "One step of a recipe."
@@ -27,7 +27,7 @@ class Stage:
     keys: tuple[str, ...] = ()         # Top-level configuration keys that change its result
     costly: bool = False               # Never made anew without `force`
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #83b48436
+# %% ../../nbs/recipes/70_pipeline.ipynb #d2efdfa2
 def stage_keys(
     stages: Iterable[Stage], # In the order in which they run
     config: dict, # Plain values of the whole configuration
@@ -41,7 +41,7 @@ def stage_keys(
         keys[stage.name] = content_hash([stage.name, {k: config.get(k) for k in stage.keys}, [keys[n] for n in stage.needs], inputs])
     return keys
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #1c0343d5
+# %% ../../nbs/recipes/70_pipeline.ipynb #824079cb
 @contextmanager
 def alone_in(
     folder: Path|str, # The run folder; made if it is missing
@@ -56,7 +56,7 @@ def alone_in(
         except OSError: raise RunError(f"another geolab is at work in {folder}; wait for it, or give another --out") from None
         yield
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #b351c960
+# %% ../../nbs/recipes/70_pipeline.ipynb #0a453b11
 def run_stages(
     stages: list[Stage], # In order
     work: Any, # The recipe's own object; handed to every stage
@@ -98,7 +98,7 @@ def _no_space(error, folder):
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return RunError(f"no space left for {folder} ({error.strerror}); free some and run the same command again: it continues")
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #8a9beb7c
+# %% ../../nbs/recipes/70_pipeline.ipynb #76b5dc9e
 def merge_config(
     profiles: dict[str, str], # Name of each profile to its YAML text
     profile: str, # Which one to start from
@@ -113,14 +113,14 @@ def merge_config(
 def _over(base, new):
     return base | {k: _over(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in new.items()}
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #7bf427fd
+# %% ../../nbs/recipes/70_pipeline.ipynb #7451d74f
 def fingerprint(
     paths: Iterable[Path|str], # Files
 ) -> list: # Plain values for `inputs`
     "Name, size and modification time of each file."
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in map(lambda x: Path(x).resolve(), paths)]
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #dd273cc4
+# %% ../../nbs/recipes/70_pipeline.ipynb #dde625f2
 def check_space(
     folder: Path|str, # Where the run will be written; it need not exist
     needed: int, # Bytes

@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'NAME', 'ABOUT', 'OBSERVED', 'TRAIN_KEYS', 'LabelsConfig'
            'validation_metrics', 'Work', 'chosen_bands', 'prior_of', 'rgb_of', 'reachable', 'passes', 'batch_size_of',
            'calibration_part', 'best_f', 'display', 'three_of', 'stages', 'open_folder', 'run', 'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #83264ff7
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ad37e4dc
 import copy, warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -47,7 +47,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d099fd4e
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #885e12c6
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -73,7 +73,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #df1fd0fe
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #8b56ed56
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -129,7 +129,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #cb2916b1
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #0263cda0
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -171,7 +171,7 @@ random_seed: 42
 """)
 NAME, ABOUT = "thaw_slump", "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d6fdc268
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #1f3780d1
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -187,7 +187,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #aa8a5e38
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #85d12319
 OBSERVED = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -222,7 +222,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #489c71cf
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #a732f273
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -236,7 +236,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b4d24e6e
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3d48cfb2
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -261,7 +261,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #1f6cecfb
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #00f2325d
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -296,7 +296,7 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #6f7f6b6f
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #4adde3d8
 def prior_of(
     tiles: pd.DataFrame, # Train tiles with `positive` and `valid` counts of pixels
     ratio: Ratio, # Tiles with positives to empty tiles, as the sampler draws them
@@ -332,7 +332,7 @@ def passes(
     per_pass = some + min(empty, some*ratio.negative/ratio.positive)
     return 1 if epoch is None or not some else max(1, int(np.ceil(epoch/per_pass)))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #7a5091ef
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #847423fa
 def batch_size_of(
     config: ThawSlumpConfig,
     network: torch.nn.Module, # Tried on the GPU
@@ -354,7 +354,7 @@ def batch_size_of(
         torch.cuda.empty_cache()
     return size
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #86d57b5b
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5e7628e6
 def calibration_part(
     split: Split,
 ) -> str: # "cal", or "val" where the two fell together
@@ -373,7 +373,7 @@ def calibrate(self: Work):
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #eab609d6
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #27066cf4
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -383,14 +383,15 @@ def choose(self: Work):
     ratios = dict.fromkeys([str(c.test_realistic_ratio), *map(str, c.val_realistic_ratios)])
     found = {key: choose_threshold(hist, c.target_precision, None if key == OBSERVED else key, c.ratio_unit, calibrator, val=run.scores["val"], confidence=c.confidence)
              for key in [OBSERVED, *ratios]}
-    chosen = next((key for key in [str(c.test_realistic_ratio), OBSERVED] if found[key].logit is not None), None)
+    wanted = str(c.test_realistic_ratio)
+    chosen = next((key for key in ([wanted, OBSERVED] if found[wanted].certified else [OBSERVED, wanted]) if found[key].logit is not None), None)
     if chosen is None: found["best f0.5"], chosen = best_f(hist, c.target_precision, calibrator), "best f0.5"
     for key, t in found.items():
         what = t.reason if t.logit is None else f"logit {t.logit:.2f}, probability {t.probability:.3f}, precision {t.precision:.2f}, recall {t.recall:.2f}; " + (t.reason or "certified")
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #82838ca1
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #d208f793
 def best_f(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # That nothing reached
@@ -407,7 +408,7 @@ def best_f(
         reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
         best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #1f742fda
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ca7e8277
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -429,7 +430,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #44a4229c
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #8aa35512
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -455,7 +456,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0d7a37d7
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #296b411b
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold
@@ -478,7 +479,7 @@ def three_of(
     picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
     return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #1ff6aded
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #978b4302
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -502,7 +503,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #8bd73cd0
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #26b41ec9
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -526,7 +527,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment", "deterministic")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #600c8808
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #bc6cf4c0
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -554,7 +555,7 @@ def open_folder(
     if stored.get("recipe") != NAME: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #f0a183a3
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ae4b9826
 def run(
     config: dict|str|Path|None = None, # Values over the profile: a dict or a YAML file
     *,
