@@ -8,7 +8,7 @@ __all__ = ['Weight', 'stratum_weight', 'PRCurve', 'pr_curve', 'average_precision
            'summary', 'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at',
            'plot_pr']
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #6383150e
+# %% ../../nbs/evaluation/41_metrics.ipynb #18220487
 from dataclasses import dataclass
 from typing import Literal, Mapping, NamedTuple, Sequence
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import DataError, Ratio
 from .scores import ConfusionCounts, ScoreHistogram
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #12053367
+# %% ../../nbs/evaluation/41_metrics.ipynb #d0591914
 class Weight(NamedTuple):
     "What one count in an empty tile stands for."
     value: float|None # `None` if it cannot be said
@@ -45,7 +45,7 @@ def stratum_weight(
                         "state a lower prevalence, or give the ratio in tiles")
     return Weight((r*positive - n1)/n0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #d9f0a498
+# %% ../../nbs/evaluation/41_metrics.ipynb #441af61f
 @dataclass(frozen=True)
 class PRCurve:
     "Precision and recall at every threshold that some score distinguishes, from lenient to strict."
@@ -95,7 +95,7 @@ def average_precision(
     missed = 1 - curve.recall[0] if len(curve.recall) else 1.  # positives in the underflow bin: reached by flagging all
     return float(-np.sum(np.diff(curve.recall, append=0)*curve.precision) + missed*curve.positive_fraction)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #f2fc7167
+# %% ../../nbs/evaluation/41_metrics.ipynb #d9d9dc03
 def f_beta(
     precision: float, # From 0 to 1
     recall: float, # From 0 to 1
@@ -128,7 +128,7 @@ def metrics_at(
     else: out |= {"f0.5": f_beta(out["precision"], out["recall"]), "f1": f_beta(out["precision"], out["recall"], 1)}
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #3955c44d
+# %% ../../nbs/evaluation/41_metrics.ipynb #6aee62df
 class OperatingPoint(NamedTuple):
     "A threshold on the curve, or why there is none."
     logit: float|None
@@ -166,33 +166,31 @@ def precision_at_recall(
     "The threshold with the largest precision among those that reach a recall."
     return _point(pr_curve(hist, ratio, unit), "recall", recall, "precision")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #aef7e85f
-def _chunks(scores, target, valid, signed=False, step=2**19):
-    "Signed high words, low words or `None`, positive and (or `None`) ignored, piece by piece."
+# %% ../../nbs/evaluation/41_metrics.ipynb #a3f48839
+def _chunks(scores, target, valid, signed=False, step=2**20):
+    "The bits of the scores, positive and (or `None`) ignored, piece by piece."
     for i in range(0, len(scores), step):
         part = slice(i, i + step)
         x = scores[part] + 0. if signed else scores[part]  # the sum makes 0.0 of -0.0
-        half = x.view(torch.int16)
-        high, low = (half, None) if x.element_size() == 2 else (half[1::2], half[::2])
-        yield high, low, target[part], None if valid is None else ~valid[part]
+        yield x.view(torch.int16 if x.element_size() == 2 else torch.int32), target[part], None if valid is None else ~valid[part]
 
-def _true(mask):
-    "Positions of the few that are True."
-    return mask.nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+def _positions(mask):
+    "Where the few lie that are True."
+    return mask.nonzero()[:, 0] if isinstance(mask, Tensor) and mask.is_cuda else torch.from_numpy(np.flatnonzero(mask))
 
 def _coarse(data):
     "Counts by high word, negatives then positives; words as 0..65535, negative scores first and descending."
     table = torch.zeros(2, 65536, dtype=torch.int64, device=data[0].device)
-    for high, _, y, ignored in _chunks(*data):
+    for bits, y, ignored in _chunks(*data):
         if y.dtype != torch.bool:
             counted = y if ignored is None else y[~ignored]
             if counted.numel() and not (counted.min() >= 0 and counted.max() <= 1):
                 raise DataError("targets must lie in [0, 1]; mark ignored pixels as not valid")
             y = y >= .5
-        word = high.int().add_(32768)
+        word = (bits.int() if bits.element_size() == 2 else bits >> 16).add_(32768)
         if ignored is not None: y, word = y & ~ignored, word.masked_fill_(ignored, 65536)
         table[0] += torch.bincount(word, minlength=65537)[:65536]
-        table[1] += torch.bincount(word[_true(y)], minlength=65536)
+        table[1] += torch.bincount(word[_positions(y)], minlength=65536)
     table[0] -= table[1]
     return table.cpu().numpy()
 
@@ -200,11 +198,12 @@ def _refined(data, table, bins):
     "Counts by low word, ascending scores, of some high words: (bin, negative or positive, word)."
     if data[0].element_size() == 2: return table[:, bins].T[..., None]  # nothing to refine
     fine = torch.zeros(len(bins), 2*65536, dtype=torch.int64, device=data[0].device)
-    for high, low, y, ignored in _chunks(*data):
+    for bits, y, ignored in _chunks(*data):
+        plain = bits if bits.is_cuda else bits.numpy()
         for row, word in zip(fine, bins.tolist()):
-            inside = _true(high == word - 32768)
+            inside = _positions((plain & -65536) == (word - 32768)*65536)
             if ignored is not None: inside = inside[~ignored[inside]]
-            row.index_add_(0, (low[inside].int() & 0xffff) + 65536*(y[inside] >= .5), torch.ones_like(inside))
+            row.index_add_(0, (bits[inside] & 0xffff) + 65536*(y[inside] >= .5), torch.ones_like(inside))
     fine = fine.cpu().numpy().reshape(len(bins), 2, 65536)
     fine[bins < 32768] = fine[bins < 32768][..., ::-1]
     return fine
@@ -215,7 +214,7 @@ def _score(dtype, code, step):
     low = 65535 - step if code < 32768 else step
     return torch.tensor([low - 65536*(low > 32767), code - 32768], dtype=torch.int32).to(torch.int16).view(torch.float32).item()
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #086b884b
+# %% ../../nbs/evaluation/41_metrics.ipynb #a558a0f4
 def exact_threshold(
     scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
     target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
@@ -242,34 +241,36 @@ def exact_threshold(
         raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
     return _search(data, table, target_precision, negative_weight)
 
-def _growing(bins):
-    "1, 2, 4, then 8 at a time: mostly the first holds the answer."
-    for start, stop in zip([0, 1, 3, *range(7, len(bins), 8)], [1, 3, *range(7, len(bins) + 8, 8)]):
-        if start < len(bins): yield bins[start:stop]
-
 def _search(data, table, target, weight):
     "Walk the bins that may hold the answer, from lenient to strict."
-    code = np.concatenate([np.arange(32767, -1, -1), np.arange(32768, 65536)])  # ascending scores
+    code = np.flatnonzero(table.any(0))
+    code = np.concatenate([code[code < 32768][::-1], code[code >= 32768]])  # ascending scores
     neg, pos = table[:, code]
     tp, fp = (x[::-1].cumsum()[::-1] - x for x in (pos, neg))  # above the bin
     if not pos.any(): return OperatingPoint(None, None, None, weight, None, "no positives")
-    with np.errstate(all="ignore"): hope = np.where(pos > 0, (tp + pos)/(tp + pos + weight*fp), 0)  # as if the bin's positives came before its negatives
+    with np.errstate(all="ignore"):
+        hope = np.where(pos > 0, (tp + pos)/(tp + pos + weight*fp), 0)  # as if the bin's positives came before its negatives
+        sure = (pos > 0) & ((tp + pos)/(tp + pos + weight*(fp + neg)) >= target)  # true of the bin as a whole
     def inside(bins):
         for k, (n, p) in zip(bins, _refined(data, table, code[bins])):
-            t, f = (above[k] + x[::-1].cumsum()[::-1] for above, x in ((tp, p), (fp, n)))
-            yield k, t, np.where(p > 0, t/np.maximum(t + weight*f, 1e-300), -1)
+            some = np.flatnonzero(n + p)
+            t, f, p = tp[k] + p[some][::-1].cumsum()[::-1], fp[k] + n[some][::-1].cumsum()[::-1], p[some] > 0
+            yield k, some[p], t[p], t[p]/(t[p] + weight*f[p])  # only a positive's score can be the answer
     possible = np.flatnonzero(hope >= target)
-    for bins in _growing(possible):
-        for k, t, precision in inside(bins):
-            if (j := (precision >= target).argmax()) or precision[0] >= target:
-                return OperatingPoint(_score(data[0].dtype, int(code[k]), int(j)), float(precision[j]), float(t[j]/pos.sum()), weight, None)
+    if sure.any(): possible = possible[:np.searchsorted(possible, sure.argmax()) + 1]  # the answer lies no higher
+    for i in range(0, len(possible), 8):
+        for k, at, t, precision in inside(possible[i:i + 8]):
+            if (ok := precision >= target).any():
+                j = ok.argmax()
+                return OperatingPoint(_score(data[0].dtype, int(code[k]), int(at[j])), float(precision[j]), float(t[j]/pos.sum()), weight, None)
     best, order = 0., np.argsort(-hope, kind="stable")
-    for bins in _growing(order):
-        if hope[bins[0]] <= best: break
-        best = max(best, *(float(precision.max()) for _, _, precision in inside(bins)))
+    for i in range(0, len(order), 4):
+        bins = order[i:i + 4][hope[order[i:i + 4]] > best]
+        if not len(bins): break
+        best = max(best, *(float(precision.max()) for *_, precision in inside(bins)))
     return OperatingPoint(None, None, None, weight, best, f"no threshold reaches precision {target:g}; the best is {best:.4g}")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #36f173b2
+# %% ../../nbs/evaluation/41_metrics.ipynb #27b52ae1
 def roc_curve(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; changes the mixture of near and far negatives
@@ -283,7 +284,7 @@ def roc_curve(
     fpr, tpr = (np.concatenate([[0.], x[::-1]/x_all, [1.]]) for x, x_all in ((fp, n1 + weight*n0), (tp, positive)))
     return fpr, tpr, float(np.trapezoid(tpr, fpr))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #103bcf36
+# %% ../../nbs/evaluation/41_metrics.ipynb #5237a799
 def _resampled(hist, ratio, unit, replicates, seed, chunk=50):
     "Yield (flagged positives, weighted flagged negatives, positives, all) per bootstrap replicate and distinguishing edge, and the kept edges."
     keep = np.flatnonzero(hist.counts.any((0, 1))[1:])
@@ -310,7 +311,7 @@ def _pr_band(hist, ratio, unit, confidence, replicates, seed):
     ok = np.isfinite(found).all(0)
     return grid[ok], *np.quantile(found[:, ok], [tail, 1 - tail], axis=0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #b67ba187
+# %% ../../nbs/evaluation/41_metrics.ipynb #110112ec
 def bootstrap_interval(
     hist: ScoreHistogram, # Counted logits
     logit: float|None = None, # Threshold of precision, recall, IoU and F0.5; `None` leaves them out
@@ -343,7 +344,7 @@ def bootstrap_interval(
         if np.isfinite(column).any(): out[name] = np.nanquantile(column, [tail, 1 - tail]).tolist()
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #bc49b4cd
+# %% ../../nbs/evaluation/41_metrics.ipynb #d750940e
 def summary(
     hist: ScoreHistogram, # Counted logits, of the test part for instance
     logit: float|None, # Threshold; `None` leaves the metrics that need one at `None`
@@ -372,7 +373,7 @@ def trivial_baselines(
         always_negative=dict(accuracy=None if share is None else 1 - share, precision=None, recall=none, iou=none),
         always_positive=dict(accuracy=share, precision=share, recall=all_, iou=share))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #26fdd3e8
+# %% ../../nbs/evaluation/41_metrics.ipynb #89a22e03
 def class_metrics(
     counts: ConfusionCounts, # True by predicted class
 ) -> dict: # accuracy, and by class precision, recall, f1, support; `None` where nothing was predicted or nothing is there
@@ -406,7 +407,7 @@ def spearman(
     spread = [(n*r*r).sum() for n, r in zip((c.sum(1), c.sum(0)), rank)]
     return float(rank[0]@c@rank[1]/np.sqrt(spread[0]*spread[1])) if min(spread) > 0 else None
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #3b42e507
+# %% ../../nbs/evaluation/41_metrics.ipynb #44bbb81f
 def class_area(
     counts: ConfusionCounts, # Reference sample: true by mapped class
     mapped: Mapping[str, float], # Area of each mapped class, in any unit: pixels, hectares
@@ -444,7 +445,7 @@ def confusion_at(
     counts.counts[:] = np.stack([neg - fp, fp, pos - tp, tp], 1).reshape(-1, 2, 2)
     return counts
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #438240fa
+# %% ../../nbs/evaluation/41_metrics.ipynb #db814029
 def plot_pr(
     curves: dict[str, PRCurve], # By label, e.g. `{"1:500": pr_curve(hist, "1:500", band=.95)}`
     thresholds: dict[str, float|None]|None = None, # Logits to mark, by the same labels
