@@ -8,7 +8,7 @@ __all__ = ['Weight', 'stratum_weight', 'PRCurve', 'pr_curve', 'average_precision
            'summary', 'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at',
            'plot_pr']
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #18220487
+# %% ../../nbs/evaluation/41_metrics.ipynb #f8238a8e
 from dataclasses import dataclass
 from typing import Literal, Mapping, NamedTuple, Sequence
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import DataError, Ratio
 from .scores import ConfusionCounts, ScoreHistogram
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #d0591914
+# %% ../../nbs/evaluation/41_metrics.ipynb #ebfda3ba
 class Weight(NamedTuple):
     "What one count in an empty tile stands for."
     value: float|None # `None` if it cannot be said
@@ -45,7 +45,7 @@ def stratum_weight(
                         "state a lower prevalence, or give the ratio in tiles")
     return Weight((r*positive - n1)/n0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #441af61f
+# %% ../../nbs/evaluation/41_metrics.ipynb #3822225c
 @dataclass(frozen=True)
 class PRCurve:
     "Precision and recall at every threshold that some score distinguishes, from lenient to strict."
@@ -66,6 +66,7 @@ def _curve(hist, weight):
     tp, fp1, fp0 = hist.flagged().sum(0)[:, keep].astype(float)
     return hist.edges[keep], tp, fp1 + weight*fp0
 
+# %% ../../nbs/evaluation/41_metrics.ipynb #2ce4855a
 def pr_curve(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; `None` keeps the set's own
@@ -84,6 +85,7 @@ def pr_curve(
     curve = PRCurve(logit, tp/(tp + fp), tp/positive, weight.value, positive/(positive + n1 + weight.value*n0))
     return curve if band is None else PRCurve(**{**vars(curve), "band": _pr_band(hist, ratio, unit, band, replicates, seed)})
 
+# %% ../../nbs/evaluation/41_metrics.ipynb #3acffc6c
 def average_precision(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; `None` keeps the set's own
@@ -95,7 +97,7 @@ def average_precision(
     missed = 1 - curve.recall[0] if len(curve.recall) else 1.  # positives in the underflow bin: reached by flagging all
     return float(-np.sum(np.diff(curve.recall, append=0)*curve.precision) + missed*curve.positive_fraction)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #d9d9dc03
+# %% ../../nbs/evaluation/41_metrics.ipynb #cb1c72d2
 def f_beta(
     precision: float, # From 0 to 1
     recall: float, # From 0 to 1
@@ -128,7 +130,7 @@ def metrics_at(
     else: out |= {"f0.5": f_beta(out["precision"], out["recall"]), "f1": f_beta(out["precision"], out["recall"], 1)}
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #6aee62df
+# %% ../../nbs/evaluation/41_metrics.ipynb #f76a48ed
 class OperatingPoint(NamedTuple):
     "A threshold on the curve, or why there is none."
     logit: float|None
@@ -166,7 +168,7 @@ def precision_at_recall(
     "The threshold with the largest precision among those that reach a recall."
     return _point(pr_curve(hist, ratio, unit), "recall", recall, "precision")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #a3f48839
+# %% ../../nbs/evaluation/41_metrics.ipynb #6e7c00e9
 def _chunks(scores, target, valid, signed=False, step=2**20):
     "The bits of the scores, positive and (or `None`) ignored, piece by piece."
     for i in range(0, len(scores), step):
@@ -194,6 +196,7 @@ def _coarse(data):
     table[0] -= table[1]
     return table.cpu().numpy()
 
+# %% ../../nbs/evaluation/41_metrics.ipynb #16bcd58c
 def _refined(data, table, bins):
     "Counts by low word, ascending scores, of some high words: (bin, negative or positive, word)."
     if data[0].element_size() == 2: return table[:, bins].T[..., None]  # nothing to refine
@@ -213,33 +216,6 @@ def _score(dtype, code, step):
     if dtype != torch.float32: return torch.tensor([code - 32768], dtype=torch.int16).view(dtype).item()
     low = 65535 - step if code < 32768 else step
     return torch.tensor([low - 65536*(low > 32767), code - 32768], dtype=torch.int32).to(torch.int16).view(torch.float32).item()
-
-# %% ../../nbs/evaluation/41_metrics.ipynb #a558a0f4
-def exact_threshold(
-    scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
-    target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
-    target_precision: float, # Between 0 and 1
-    *,
-    valid: Bool[np.ndarray, "..."]|Bool[Tensor, "..."]|None = None, # True where a score counts
-    negative_weight: float = 1., # What one negative stands for, where negatives were sampled
-) -> OperatingPoint: # `best` only where nothing qualifies
-    "The largest recall with a precision, without sorting and with little memory."
-    if not 0 < target_precision < 1 or not 0 < negative_weight < np.inf:
-        raise DataError(f"`target_precision` must lie between 0 and 1 and `negative_weight` above 0, got {target_precision} and {negative_weight}")
-    tensor = lambda x: x if x is None else x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    scores, target, valid = map(tensor, (scores, target, valid))
-    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise DataError(f"scores must be float16, bfloat16 or float32, got {str(scores.dtype)[6:]}; rounding can make ties, so cast them yourself")
-    for name, x in dict(target=target, valid=valid).items():
-        if x is not None and x.shape != scores.shape:
-            raise DataError(f"`{name}` must have the shape of the scores, {tuple(scores.shape)}, got {tuple(x.shape)}")
-    data = [None if x is None else x.reshape(-1) for x in (scores, target, valid)]
-    table = _coarse(data)
-    if table[:, 0].any(): data, table = [*data, True], _coarse([*data, True])  # there are zeros with a minus sign
-    infinity = 0x7c00 if scores.dtype == torch.float16 else 0x7f80
-    if table[:, (np.arange(-32768, 32768) & 0x7fff) >= infinity].any():
-        raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
-    return _search(data, table, target_precision, negative_weight)
 
 def _search(data, table, target, weight):
     "Walk the bins that may hold the answer, from lenient to strict."
@@ -270,7 +246,34 @@ def _search(data, table, target, weight):
         best = max(best, *(float(precision.max()) for *_, precision in inside(bins)))
     return OperatingPoint(None, None, None, weight, best, f"no threshold reaches precision {target:g}; the best is {best:.4g}")
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #27b52ae1
+# %% ../../nbs/evaluation/41_metrics.ipynb #7ebbf646
+def exact_threshold(
+    scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
+    target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
+    target_precision: float, # Between 0 and 1
+    *,
+    valid: Bool[np.ndarray, "..."]|Bool[Tensor, "..."]|None = None, # True where a score counts
+    negative_weight: float = 1., # What one negative stands for, where negatives were sampled
+) -> OperatingPoint: # `best` only where nothing qualifies
+    "The largest recall with a precision, without sorting and with little memory."
+    if not 0 < target_precision < 1 or not 0 < negative_weight < np.inf:
+        raise DataError(f"`target_precision` must lie between 0 and 1 and `negative_weight` above 0, got {target_precision} and {negative_weight}")
+    tensor = lambda x: x if x is None else x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    scores, target, valid = map(tensor, (scores, target, valid))
+    if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise DataError(f"scores must be float16, bfloat16 or float32, got {str(scores.dtype)[6:]}; rounding can make ties, so cast them yourself")
+    for name, x in dict(target=target, valid=valid).items():
+        if x is not None and x.shape != scores.shape:
+            raise DataError(f"`{name}` must have the shape of the scores, {tuple(scores.shape)}, got {tuple(x.shape)}")
+    data = [None if x is None else x.reshape(-1) for x in (scores, target, valid)]
+    table = _coarse(data)
+    if table[:, 0].any(): data, table = [*data, True], _coarse([*data, True])  # there are zeros with a minus sign
+    infinity = 0x7c00 if scores.dtype == torch.float16 else 0x7f80
+    if table[:, (np.arange(-32768, 32768) & 0x7fff) >= infinity].any():
+        raise DataError("scores hold NaN or infinity; mark them as not valid, or repair the network")
+    return _search(data, table, target_precision, negative_weight)
+
+# %% ../../nbs/evaluation/41_metrics.ipynb #e5cbbe5d
 def roc_curve(
     hist: ScoreHistogram, # Counted logits
     ratio: Ratio|str|None = None, # Positives to negatives; changes the mixture of near and far negatives
@@ -284,7 +287,7 @@ def roc_curve(
     fpr, tpr = (np.concatenate([[0.], x[::-1]/x_all, [1.]]) for x, x_all in ((fp, n1 + weight*n0), (tp, positive)))
     return fpr, tpr, float(np.trapezoid(tpr, fpr))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #5237a799
+# %% ../../nbs/evaluation/41_metrics.ipynb #569fa06b
 def _resampled(hist, ratio, unit, replicates, seed, chunk=50):
     "Yield (flagged positives, weighted flagged negatives, positives, all) per bootstrap replicate and distinguishing edge, and the kept edges."
     keep = np.flatnonzero(hist.counts.any((0, 1))[1:])
@@ -311,7 +314,7 @@ def _pr_band(hist, ratio, unit, confidence, replicates, seed):
     ok = np.isfinite(found).all(0)
     return grid[ok], *np.quantile(found[:, ok], [tail, 1 - tail], axis=0)
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #110112ec
+# %% ../../nbs/evaluation/41_metrics.ipynb #ba95fc7f
 def bootstrap_interval(
     hist: ScoreHistogram, # Counted logits
     logit: float|None = None, # Threshold of precision, recall, IoU and F0.5; `None` leaves them out
@@ -344,7 +347,7 @@ def bootstrap_interval(
         if np.isfinite(column).any(): out[name] = np.nanquantile(column, [tail, 1 - tail]).tolist()
     return out
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #d750940e
+# %% ../../nbs/evaluation/41_metrics.ipynb #1edab033
 def summary(
     hist: ScoreHistogram, # Counted logits, of the test part for instance
     logit: float|None, # Threshold; `None` leaves the metrics that need one at `None`
@@ -373,7 +376,7 @@ def trivial_baselines(
         always_negative=dict(accuracy=None if share is None else 1 - share, precision=None, recall=none, iou=none),
         always_positive=dict(accuracy=share, precision=share, recall=all_, iou=share))
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #89a22e03
+# %% ../../nbs/evaluation/41_metrics.ipynb #c3e026f6
 def class_metrics(
     counts: ConfusionCounts, # True by predicted class
 ) -> dict: # accuracy, and by class precision, recall, f1, support; `None` where nothing was predicted or nothing is there
@@ -407,7 +410,7 @@ def spearman(
     spread = [(n*r*r).sum() for n, r in zip((c.sum(1), c.sum(0)), rank)]
     return float(rank[0]@c@rank[1]/np.sqrt(spread[0]*spread[1])) if min(spread) > 0 else None
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #44bbb81f
+# %% ../../nbs/evaluation/41_metrics.ipynb #1c328dca
 def class_area(
     counts: ConfusionCounts, # Reference sample: true by mapped class
     mapped: Mapping[str, float], # Area of each mapped class, in any unit: pixels, hectares
@@ -445,7 +448,7 @@ def confusion_at(
     counts.counts[:] = np.stack([neg - fp, fp, pos - tp, tp], 1).reshape(-1, 2, 2)
     return counts
 
-# %% ../../nbs/evaluation/41_metrics.ipynb #db814029
+# %% ../../nbs/evaluation/41_metrics.ipynb #82fd01f1
 def plot_pr(
     curves: dict[str, PRCurve], # By label, e.g. `{"1:500": pr_curve(hist, "1:500", band=.95)}`
     thresholds: dict[str, float|None]|None = None, # Logits to mark, by the same labels

@@ -6,12 +6,13 @@
 __all__ = ['label_objects', 'Overlaps', 'overlap_pairs', 'assign_pairs', 'ObjectMatch', 'ObjectMatcher', 'match_objects',
            'size_table', 'object_curve', 'plot_sizes', 'rank_for_labelling']
 
-# %% ../../nbs/evaluation/42_objects.ipynb #419b68e0
+# %% ../../nbs/evaluation/42_objects.ipynb #a440b645
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from scipy.sparse import coo_array
@@ -20,7 +21,7 @@ from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite
 from ..core import DataError, check_shape
 from .metrics import f_beta
 
-# %% ../../nbs/evaluation/42_objects.ipynb #eac4a12e
+# %% ../../nbs/evaluation/42_objects.ipynb #213be2ad
 def _mask(x, name):
     x = np.asarray(x)
     check_shape(x, "h w", name)
@@ -33,7 +34,7 @@ def _structure(connectivity):
     if connectivity not in (4, 8): raise DataError(f"`connectivity` must be 4 (sides) or 8 (sides and corners), got {connectivity}")
     return np.ones((3, 3)) if connectivity == 8 else None
 
-# %% ../../nbs/evaluation/42_objects.ipynb #bd2d429d
+# %% ../../nbs/evaluation/42_objects.ipynb #13bc292e
 def label_objects(
     mask: Bool[np.ndarray, "h w"], # True where there is something
     connectivity: Literal[4, 8] = 8, # Pixels touch by sides, or by sides and corners
@@ -46,7 +47,7 @@ def label_objects(
     keep[0] = False
     return (np.cumsum(keep)*keep)[labels].astype(np.int32), int(keep.sum())
 
-# %% ../../nbs/evaluation/42_objects.ipynb #9b029430
+# %% ../../nbs/evaluation/42_objects.ipynb #1220c3e8
 class Overlaps(NamedTuple):
     "What two label images share."
     pairs: Int[np.ndarray, "pair 3"] # Predicted label, true label, pixels in both
@@ -75,7 +76,7 @@ def overlap_pairs(
     for size in sizes: size[0] = 0
     return Overlaps(np.stack([key//len(sizes[1]), key%len(sizes[1]), pixels], 1), *sizes)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #2df1f40e
+# %% ../../nbs/evaluation/42_objects.ipynb #d78a6d4c
 def assign_pairs(
     predicted: Int[np.ndarray, " pair"], # Object of one side
     truth: Int[np.ndarray, " pair"], # Object of the other side
@@ -97,7 +98,7 @@ def assign_pairs(
     chosen = dict(zip(row.tolist(), col.tolist()))
     return np.sort(np.concatenate([np.flatnonzero(alone), rest[[chosen[i] == j for i, j in zip(p.tolist(), t.tolist())]]]))
 
-# %% ../../nbs/evaluation/42_objects.ipynb #5d60e52e
+# %% ../../nbs/evaluation/42_objects.ipynb #cbc22edc
 @dataclass(frozen=True)
 class ObjectMatch:
     "Objects of both sides with their partners; adds up over maps."
@@ -138,7 +139,7 @@ class ObjectMatch:
         return ObjectMatch(*(pd.concat([x, shift(y, len(z))], ignore_index=True) for x, y, z in [
             (self.predicted, other.predicted, self.truth), (self.truth, other.truth, self.predicted)]), self.rule)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #97a3efb1
+# %% ../../nbs/evaluation/42_objects.ipynb #964fec82
 class ObjectMatcher:
     "Match two maps that come in bands of rows, from top to bottom."
     def __init__(self,
@@ -151,78 +152,84 @@ class ObjectMatcher:
         self.last, self.count = [None, None], [0, 0]  # last row of labels, number of labels so far; predicted and truth
         self.sizes, self.joins, self.pairs, self.scores, self.far = ([], []), ([], []), [], [], []
 
-    def update(self,
-        predicted: Bool[np.ndarray, "rows w"], # Mask of the map
-        truth: Bool[np.ndarray, "rows w"], # Mask of the labels
-        *,
-        valid: Bool[np.ndarray, "rows w"]|None = None, # Elsewhere both masks are taken as empty
-        logits: Float[np.ndarray, "rows w"]|None = None, # Give predicted objects their score, the largest
-        empty: Bool[np.ndarray, "rows w"]|None = None, # True in tiles without positives; tells far false objects
-    ) -> "ObjectMatcher": # The same object
-        "Read the next band."
-        masks = [_mask(predicted, "predicted"), _mask(truth, "truth")]
-        for name, x in dict(truth=masks[1], valid=valid, logits=logits, empty=empty).items():
-            if x is not None: check_shape(x, f"{masks[0].shape[0]} {masks[0].shape[1] if self.last[0] is None else len(self.last[0])}", name)
-        if valid is not None: masks = [m & _mask(valid, "valid") for m in masks]
-        labels = [self._label(side, m) for side, m in enumerate(masks)]
-        pairs, *sizes = overlap_pairs(*labels)
-        self.pairs.append(pairs + [*self.count, 0])
-        inside = labels[0] > 0
-        at, n = labels[0][inside] - 1, len(sizes[0]) - 1
-        score, far = np.full(n, -np.inf), np.full(n, empty is not None)
-        if logits is not None: np.maximum.at(score, at, np.asarray(logits)[inside])
-        if empty is not None: far[at[~_mask(empty, "empty")[inside]]] = False
-        self.scores.append(score); self.far.append(far)
-        for side in (0, 1):
-            self.sizes[side].append(sizes[side][1:])
-            if len(labels[side]): self.last[side] = np.where(labels[side][-1] > 0, labels[side][-1] + self.count[side], 0)
-            self.count[side] += len(sizes[side]) - 1
-        return self
+# %% ../../nbs/evaluation/42_objects.ipynb #f68198dd
+@patch
+def update(self: ObjectMatcher,
+    predicted: Bool[np.ndarray, "rows w"], # Mask of the map
+    truth: Bool[np.ndarray, "rows w"], # Mask of the labels
+    *,
+    valid: Bool[np.ndarray, "rows w"]|None = None, # Elsewhere both masks are taken as empty
+    logits: Float[np.ndarray, "rows w"]|None = None, # Give predicted objects their score, the largest
+    empty: Bool[np.ndarray, "rows w"]|None = None, # True in tiles without positives; tells far false objects
+) -> "ObjectMatcher": # The same object
+    "Read the next band."
+    masks = [_mask(predicted, "predicted"), _mask(truth, "truth")]
+    for name, x in dict(predicted=masks[0], truth=masks[1], valid=valid, logits=logits, empty=empty).items():
+        if x is not None: check_shape(x, f"{masks[0].shape[0]} {masks[0].shape[1] if self.last[0] is None else len(self.last[0])}", name)
+    if valid is not None: masks = [m & _mask(valid, "valid") for m in masks]
+    labels = [self._label(side, m) for side, m in enumerate(masks)]
+    pairs, *sizes = overlap_pairs(*labels)
+    self.pairs.append(pairs + [*self.count, 0])
+    inside = labels[0] > 0
+    at, n = labels[0][inside] - 1, len(sizes[0]) - 1
+    score, far = np.full(n, -np.inf), np.full(n, empty is not None)
+    if logits is not None: np.maximum.at(score, at, np.asarray(logits)[inside])
+    if empty is not None: far[at[~_mask(empty, "empty")[inside]]] = False
+    self.scores.append(score); self.far.append(far)
+    for side in (0, 1):
+        self.sizes[side].append(sizes[side][1:])
+        if len(labels[side]): self.last[side] = np.where(labels[side][-1] > 0, labels[side][-1] + self.count[side], 0)
+        self.count[side] += len(sizes[side]) - 1
+    return self
 
-    def _label(self, side, mask):
-        "Label a band, and note which of its labels touch the row above."
-        labels, last, reach = ndimage.label(mask, self.structure)[0], self.last[side], int(self.structure is not None)
-        if last is not None and len(labels):
-            for shift in range(-reach, reach + 1):
-                above, below = last[max(shift, 0):len(last) + min(shift, 0)], labels[0, max(-shift, 0):len(last) + min(-shift, 0)]
-                touch = (above > 0) & (below > 0)
-                self.joins[side].append(np.unique(np.stack([above[touch], below[touch] + self.count[side]], 1), axis=0))
-        return labels
+@patch
+def _label(self: ObjectMatcher, side, mask):
+    "Label a band, and note which of its labels touch the row above."
+    labels, last, reach = ndimage.label(mask, self.structure)[0], self.last[side], int(self.structure is not None)
+    if last is not None and len(labels):
+        for shift in range(-reach, reach + 1):
+            above, below = last[max(shift, 0):len(last) + min(shift, 0)], labels[0, max(-shift, 0):len(last) + min(-shift, 0)]
+            touch = (above > 0) & (below > 0)
+            self.joins[side].append(np.unique(np.stack([above[touch], below[touch] + self.count[side]], 1), axis=0))
+    return labels
 
-    def _merged(self, side):
-        "Final number of each label, from 0 in the order of first pixels, and of those the sizes."
-        n, joins = self.count[side], np.concatenate([*self.joins[side], np.zeros((0, 2), int)]).astype(int) - 1
-        part = connected_components(coo_array((np.ones(len(joins)), joins.T), shape=(n, n)), directed=False)[1] if n else np.zeros(0, int)
-        first = np.full(part.max(initial=-1) + 1, n)
-        np.minimum.at(first, part, np.arange(n))
-        part = np.argsort(np.argsort(first))[part]
-        return part, np.bincount(part, np.concatenate([*self.sizes[side], np.zeros(0)]), len(first)).astype(np.int64)
+# %% ../../nbs/evaluation/42_objects.ipynb #cb4ca6a3
+@patch
+def _merged(self: ObjectMatcher, side):
+    "Final number of each label, from 0 in the order of first pixels, and of those the sizes."
+    n, joins = self.count[side], np.concatenate([*self.joins[side], np.zeros((0, 2), int)]).astype(int) - 1
+    part = connected_components(coo_array((np.ones(len(joins)), joins.T), shape=(n, n)), directed=False)[1] if n else np.zeros(0, int)
+    first = np.full(part.max(initial=-1) + 1, n)
+    np.minimum.at(first, part, np.arange(n))
+    part = np.argsort(np.argsort(first))[part]
+    return part, np.bincount(part, np.concatenate([*self.sizes[side], np.zeros(0)]), len(first)).astype(np.int64)
 
-    def finish(self) -> ObjectMatch:
-        "Join, drop what is too small, match."
-        (p, size_p), (t, size_t) = (self._merged(side) for side in (0, 1))
-        score, far = np.full(len(size_p), -np.inf), np.ones(len(size_p), bool)
-        np.maximum.at(score, p, np.concatenate([*self.scores, np.zeros(0)]))
-        np.logical_and.at(far, p, np.concatenate([*self.far, np.zeros(0, bool)]))
-        pairs = np.concatenate([*self.pairs, np.zeros((0, 3), int)])
-        key, place = np.unique(p[pairs[:, 0] - 1]*max(len(size_t), 1) + t[pairs[:, 1] - 1], return_inverse=True)
-        a, b = key//max(len(size_t), 1), key%max(len(size_t), 1)
-        shared = np.bincount(place, pairs[:, 2], len(key))
-        iou, big = shared/(size_p[a] + size_t[b] - shared), [size >= self.rule["min_size"] for size in (size_p, size_t)]
-        ok = (iou >= self.rule["iou"]) & big[0][a] & big[1][b]
-        a, b, iou = a[ok], b[ok], iou[ok]
-        chosen = assign_pairs(a, b, iou)
-        a, b, iou = a[chosen], b[chosen], iou[chosen]
-        new = [np.cumsum(keep) - 1 for keep in big]
-        tables = []
-        for keep, size, mine, other, their in ((big[0], size_p, a, b, new[1]), (big[1], size_t, b, a, new[0])):
-            partner, value = np.full(len(size), -1), np.full(len(size), np.nan)
-            partner[mine], value[mine] = their[other], iou
-            tables.append(pd.DataFrame(dict(size_px=size, partner=partner, iou=value))[keep].reset_index(drop=True))
-        tables[0].insert(1, "score", score[big[0]]); tables[0].insert(2, "far", far[big[0]])
-        return ObjectMatch(*tables, self.rule)
+@patch
+def finish(self: ObjectMatcher) -> ObjectMatch:
+    "Join, drop what is too small, match."
+    (p, size_p), (t, size_t) = (self._merged(side) for side in (0, 1))
+    score, far = np.full(len(size_p), -np.inf), np.ones(len(size_p), bool)
+    np.maximum.at(score, p, np.concatenate([*self.scores, np.zeros(0)]))
+    np.logical_and.at(far, p, np.concatenate([*self.far, np.zeros(0, bool)]))
+    pairs = np.concatenate([*self.pairs, np.zeros((0, 3), int)])
+    key, place = np.unique(p[pairs[:, 0] - 1]*max(len(size_t), 1) + t[pairs[:, 1] - 1], return_inverse=True)
+    a, b = key//max(len(size_t), 1), key%max(len(size_t), 1)
+    shared = np.bincount(place, pairs[:, 2], len(key))
+    iou, big = shared/(size_p[a] + size_t[b] - shared), [size >= self.rule["min_size"] for size in (size_p, size_t)]
+    ok = (iou >= self.rule["iou"]) & big[0][a] & big[1][b]
+    a, b, iou = a[ok], b[ok], iou[ok]
+    chosen = assign_pairs(a, b, iou)
+    a, b, iou = a[chosen], b[chosen], iou[chosen]
+    new = [np.cumsum(keep) - 1 for keep in big]
+    tables = []
+    for keep, size, mine, other, their in ((big[0], size_p, a, b, new[1]), (big[1], size_t, b, a, new[0])):
+        partner, value = np.full(len(size), -1), np.full(len(size), np.nan)
+        partner[mine], value[mine] = their[other], iou
+        tables.append(pd.DataFrame(dict(size_px=size, partner=partner, iou=value))[keep].reset_index(drop=True))
+    tables[0].insert(1, "score", score[big[0]]); tables[0].insert(2, "far", far[big[0]])
+    return ObjectMatch(*tables, self.rule)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #3d37d96a
+# %% ../../nbs/evaluation/42_objects.ipynb #80741362
 def match_objects(
     predicted_mask: Bool[np.ndarray, "h w"], # The map
     true_mask: Bool[np.ndarray, "h w"], # The labels on the same grid
@@ -237,7 +244,7 @@ def match_objects(
     "Match the objects of a whole map one to one."
     return ObjectMatcher(iou, connectivity, min_size).update(predicted_mask, true_mask, valid=valid, logits=logits, empty=empty).finish()
 
-# %% ../../nbs/evaluation/42_objects.ipynb #fd2460aa
+# %% ../../nbs/evaluation/42_objects.ipynb #949f969e
 def size_table(
     match: ObjectMatch, # Matched objects
     edges: Sequence[float] = (1, 10, 30, 100, 300, 1000, 3000), # Lower ends of the size classes, in pixels, increasing; the last is open
@@ -255,7 +262,7 @@ def size_table(
     columns = dict(labelled=labelled, found=found, recall=rate(found, labelled), predicted=predicted, true=true, precision=rate(true, predicted))
     return pd.DataFrame(columns, index=pd.Index(names, name="size_px"))
 
-# %% ../../nbs/evaluation/42_objects.ipynb #fd98e489
+# %% ../../nbs/evaluation/42_objects.ipynb #9cb2af43
 def object_curve(
     logits: Float[np.ndarray, "h w"], # Scores of the stitched map
     true_mask: Bool[np.ndarray, "h w"], # The labels on the same grid
@@ -275,7 +282,7 @@ def object_curve(
         rows.append({"logit": float(logit), "precision": p, "recall": r, "f0.5": score, "tp": match.tp, "fp": match.fp, "fn": match.fn})
     return pd.DataFrame(rows).astype({name: float for name in ("precision", "recall", "f0.5")})
 
-# %% ../../nbs/evaluation/42_objects.ipynb #c778bc7e
+# %% ../../nbs/evaluation/42_objects.ipynb #322d85cb
 def plot_sizes(
     match: ObjectMatch, # Matched objects
     ax=None, # Axes; `None` makes a figure
@@ -296,7 +303,7 @@ def plot_sizes(
     ax.set(xscale="log", xlabel="size of the labelled object (pixels)", ylabel=f"recall (IoU ≥ {match.rule['iou']:g})", ylim=(-.02, 1.03))
     return ax
 
-# %% ../../nbs/evaluation/42_objects.ipynb #9507fffe
+# %% ../../nbs/evaluation/42_objects.ipynb #4e089241
 def rank_for_labelling(
     probability: Sequence[Float[np.ndarray, "h w"]]|Float[np.ndarray, "n ..."], # Calibrated probabilities of each tile; NaN where not valid
     block: Sequence[str], # Block of each tile

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic', 'background_share', 'GateCheck', 'check_gate',
            'certified_position', 'certify_threshold', 'choose_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
-           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
+           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off', 'best_f']
 
 # %% ../../nbs/evaluation/44_thresholds.ipynb #91371b5e
 from dataclasses import asdict, dataclass, replace
@@ -391,3 +391,20 @@ def _axes(ax):
     if ax is not None: return ax
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
+
+# %% ../../nbs/evaluation/44_thresholds.ipynb #24dbe273
+def best_f(
+    hist: ScoreHistogram, # Counted logits
+    target_precision: float, # That nothing reached
+    calibrator: Calibrator|None = None, # Gives the probability
+    beta: float = .5, # Below 1 favours precision
+) -> Threshold: # Says in `reason` that it is second best
+    "The threshold of the largest F-beta, for when no threshold reaches the target."
+    curve = pr_curve(hist)
+    if curve.precision is None or not len(curve.logit): raise DataError(f"no threshold can be chosen: {curve.reason or 'no scores'}")
+    f = np.array([f_beta(p, r, beta) for p, r in zip(curve.precision, curve.recall)])
+    k = int(f.argmax())
+    logit = float(curve.logit[k])
+    return Threshold(logit, (calibrator or Calibrator()).probability(logit), target_precision, curve.positive_fraction, "pixel", blocks=len(hist.blocks),
+        reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
+        best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'NAME', 'ABOUT', 'OBSERVED', 'TRAIN_KEYS', 'LabelsConfig', 'SplitConfig', 'WorldConfig', 'ThawSlumpConfig',
-           'validation_metrics', 'Work', 'chosen_bands', 'prior_of', 'rgb_of', 'reachable', 'passes', 'batch_size_of',
-           'calibration_part', 'best_f', 'display', 'three_of', 'stages', 'open_folder', 'run', 'resume']
+           'validation_metrics', 'Work', 'chosen_bands', 'stages', 'run', 'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #ad37e4dc
-import copy, warnings
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #f2cdff02
+import warnings
 from functools import cached_property, partial, reduce
 from operator import add
 from pathlib import Path
 from textwrap import indent
-from typing import Callable, Iterable, Literal, Sequence
+from typing import Callable, Iterable, Literal
 
 import geopandas as gpd
 import numpy as np
@@ -21,33 +20,33 @@ import pandas as pd
 import torch
 import yaml
 from fastcore.basics import patch
-from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, field_validator, model_validator
 
 from .. import __version__
-from ..core import Config, ConfigError, DataError, Ratio, RatioField, RunError, atomic_file, content_hash, load_yaml, override, seed_everything, write_json
-from ..data.augment import Augment
+from ..core import Config, ConfigError, DataError, Ratio, RatioField, RunError, atomic_file, content_hash, override, seed_everything, write_json
+from ..data.augment import Augment, rgb_of
 from ..data.raster import find_images, fit_band_scale, has_valid_pixel, open_scenes, read_window
-from ..data.sampling import RatioSampler
-from ..data.splits import Split, audit_labels, make_split
+from ..data.sampling import RatioSampler, passes, prior_of, reachable
+from ..data.splits import audit_labels, make_split
 from ..data.tiles import TileDataset
-from ..evaluation.calibration import Calibrator, ece, fit_temperature
-from ..evaluation.metrics import average_precision, f_beta, metrics_at, pr_curve, summary, trivial_baselines
+from ..evaluation.calibration import ece, fit_temperature
+from ..evaluation.metrics import average_precision, metrics_at, summary, trivial_baselines
 from ..evaluation.objects import match_objects
 from ..evaluation.scores import ScoreHistogram, save_scores
-from ..evaluation.thresholds import Threshold, choose_threshold
+from ..evaluation.thresholds import best_f, choose_threshold
 from ..inference.vectorize import polygonise, write_polygons
 from ..inference.windows import predict_raster
 from ..nn.losses import build_loss, initialise_bias
 from ..nn.segmentation import build_segmenter
-from .pipeline import Stage, check_space, fingerprint, merge_config, run_stages
+from geolab.recipes.pipeline import (Stage, batch_size_of, calibration_part, check_space, display, fingerprint, merge_config, open_folder, run_stages,
+    three_of)
 from ..report import build_report
 from ..training.baselines import pixel_logistic
 from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #885e12c6
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #72f8940d
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -73,7 +72,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #8b56ed56
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #d255d37b
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -129,7 +128,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0263cda0
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #fcec7f08
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -171,7 +170,7 @@ random_seed: 42
 """)
 NAME, ABOUT = "thaw_slump", "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #1f3780d1
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #97f8302d
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -187,7 +186,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #85d12319
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #7997c228
 OBSERVED = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -222,7 +221,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #a732f273
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #4c891e68
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -236,7 +235,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #3d48cfb2
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #8d5a994b
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -261,7 +260,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #00f2325d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #a9eae691
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -278,7 +277,7 @@ def train(self: Work):
     scale = fit_band_scale(self.scenes, rows[["scene", "row", "col", "height", "width"]].itertuples(index=False, name=None))
     network, arguments = self.build(len(scale.bands))
     data = partial(TileDataset, self.scenes, scale=scale, size=self.tile_size, seed=c.random_seed)
-    size = batch_size_of(c, network, len(scale.bands))
+    size = batch_size_of(c.batch_size, network, (len(scale.bands), *c.input_size), c.precision)
     epoch = c.steps_per_epoch*size if c.steps_per_epoch else None
     ratio = reachable(rows, c.train_pos_neg_ratio)
     if ratio != c.train_pos_neg_ratio: self.say(f"  train_pos_neg_ratio {c.train_pos_neg_ratio} cannot be reached with so few empty tiles; all are used, which gives {ratio}")
@@ -296,84 +295,20 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #4adde3d8
-def prior_of(
-    tiles: pd.DataFrame, # Train tiles with `positive` and `valid` counts of pixels
-    ratio: Ratio, # Tiles with positives to empty tiles, as the sampler draws them
-) -> float: # Share of positive pixels among those shown
-    "Share of positives that training will see."
-    some = tiles[tiles.positive > 0]
-    empty = tiles[tiles.positive == 0]
-    with_some, per_empty = some.valid.mean(), empty.valid.mean() if len(empty) else 0.
-    return float(some.positive.mean()/(with_some + per_empty*ratio.negative/ratio.positive))
-
-def rgb_of(
-    bands: tuple[str, ...], # Band names
-) -> tuple[int, ...]|None: # Positions of red, green and blue, or of the only band; `None` without them
-    "Which bands colour augmentation may touch."
-    if {"red", "green", "blue"} <= set(bands): return tuple(bands.index(b) for b in ("red", "green", "blue"))
-    return {1: (0,), 3: (0, 1, 2)}.get(len(bands))
-
-def reachable(
-    tiles: pd.DataFrame, # Train tiles with `positive` counts
-    ratio: Ratio, # Wanted tiles with positives to empty tiles
-) -> Ratio: # The wanted one, or that of all tiles
-    "The ratio of tiles that the data allow."
-    some, empty = int((tiles.positive > 0).sum()), int((tiles.positive == 0).sum())
-    return ratio if empty*ratio.positive >= some*ratio.negative else Ratio(1, round(max(empty/some, 1e-6), 6))
-
-def passes(
-    tiles: pd.DataFrame, # Train tiles with `positive` counts
-    ratio: Ratio, # Tiles with positives to empty tiles
-    epoch: int|None, # Wanted tiles per epoch; `None` for one pass
-) -> int: # 1 or more
-    "How often the tiles must be gone through to fill an epoch."
-    some, empty = int((tiles.positive > 0).sum()), int((tiles.positive == 0).sum())
-    per_pass = some + min(empty, some*ratio.negative/ratio.positive)
-    return 1 if epoch is None or not some else max(1, int(np.ceil(epoch/per_pass)))
-
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #847423fa
-def batch_size_of(
-    config: ThawSlumpConfig,
-    network: torch.nn.Module, # Tried on the GPU
-    channels: int, # Bands
-    most: int = 64, # Never more
-) -> int: # Tiles per step
-    "The batch size: as configured, or the largest power of two that trains on this GPU (8 on a CPU)."
-    if config.batch_size != "max_that_fits": return config.batch_size
-    if not torch.cuda.is_available(): return 8
-    size, twin = 1, copy.deepcopy(network).cuda().train()
-    try:
-        while size < most:
-            image = torch.zeros(2*size, channels, *config.input_size, device="cuda")
-            with torch.autocast("cuda", torch.bfloat16, enabled=config.precision != "32" and torch.cuda.is_bf16_supported()): twin(image).float().mean().backward()
-            size *= 2
-    except torch.cuda.OutOfMemoryError: size = max(1, size)
-    finally:
-        del twin
-        torch.cuda.empty_cache()
-    return size
-
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #5e7628e6
-def calibration_part(
-    split: Split,
-) -> str: # "cal", or "val" where the two fell together
-    "The part that calibrator and thresholds come from."
-    return "val" if split.certificate["cal_is_val"] else "cal"
-
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #f5a12a4b
 @patch
 def calibrate(self: Work):
     "Score the held-out parts and fit the calibrator."
     run, c = self.so_far, self.config
     fitted_on = calibration_part(run.split)
-    size = batch_size_of(c, run.model, len(run.scale.bands))
+    size = batch_size_of(c.batch_size, run.model, (len(run.scale.bands), *c.input_size), c.precision)
     scores = {part: score_dataset(run.model, self.tiles(run, part, own=True), batch_size=size) for part in dict.fromkeys(["val", fitted_on, "test"])}
     calibrator = fit_temperature(scores[fitted_on], focal=(c.focal_alpha, c.focal_gamma) if c.loss == "focal" else None)
     facts = dict(part=fitted_on, ece_before=ece(scores["test"]), ece_after=ece(scores["test"], calibrator), measured_on="test")
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #27066cf4
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c505b948
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -391,24 +326,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d208f793
-def best_f(
-    hist: ScoreHistogram, # Counted logits
-    target_precision: float, # That nothing reached
-    calibrator: Calibrator|None = None, # Gives the probability
-    beta: float = .5, # Below 1 favours precision
-) -> Threshold: # Says in `reason` that it is second best
-    "The threshold of the largest F-beta, for when no threshold reaches the target."
-    curve = pr_curve(hist)
-    if curve.precision is None or not len(curve.logit): raise DataError(f"no threshold can be chosen: {curve.reason or 'no scores'}")
-    f = np.array([f_beta(p, r, beta) for p, r in zip(curve.precision, curve.recall)])
-    k = int(f.argmax())
-    logit = float(curve.logit[k])
-    return Threshold(logit, (calibrator or Calibrator()).probability(logit), target_precision, curve.positive_fraction, "pixel", blocks=len(hist.blocks),
-        reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
-        best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
-
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #ca7e8277
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ea8f5c08
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -430,7 +348,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #8aa35512
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5efcd876
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -456,30 +374,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #296b411b
-def display(
-    image: Float[np.ndarray, "c h w"], # Bands in their own units
-    valid: Bool[np.ndarray, "h w"], # Where they hold
-    bands: tuple[str, ...], # Their names
-) -> UInt8[np.ndarray, "3 h w"]: # Red, green, blue; grey where there are no three bands
-    "An image for the eye: 2 % stretched away at both ends, invalid pixels white."
-    rgb = rgb_of(bands)
-    shown = image[list(rgb)] if rgb and len(rgb) == 3 else np.repeat(image[:1], 3, axis=0)
-    if not valid.any(): return np.full(shown.shape, 255, np.uint8)
-    low, high = np.percentile(shown[:, valid], [2, 98], axis=1)[..., None, None]
-    return np.where(valid, 255*np.clip((shown - low)/np.maximum(high - low, 1e-9), 0, 1), 255).astype(np.uint8)
-
-def three_of(
-    values: Sequence[float], # One per tile, the larger the better
-    each: int = 3, # Of every kind, at most
-) -> list[tuple[str, int]]: # Kind and number of the tile
-    "The best, the worst and the middle ones; none twice."
-    order, n = np.argsort(values, kind="stable").tolist(), len(values)
-    start = max(0, n//2 - each//2)
-    picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
-    return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
-
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #978b4302
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #8b90ec45
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -503,7 +398,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #26b41ec9
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #0ecebf10
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -527,7 +422,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment", "deterministic")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #bc6cf4c0
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b2d2b53f
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -544,18 +439,7 @@ def check(self: Work):
     weights = 4*sum(p.numel() for p in network.parameters())
     check_space(self.folder, 5*weights + 12*pixels + (4*len(bands)*pixels if self.made else 0) + 20_000_000)
 
-def open_folder(
-    folder: Path|str, # An existing run folder, or one to be
-) -> dict|None: # What `config.yaml` in it says; `None` if there is nothing yet
-    "Read what a run folder is about; refuse a folder that is something else."
-    folder = Path(folder)
-    if not folder.exists() or folder.is_dir() and not any(p.name != ".lock" for p in folder.iterdir()): return None
-    if not (folder/"config.yaml").exists(): raise RunError(f"{folder} holds other things and is not a run folder; give another --out")
-    stored = load_yaml(folder/"config.yaml")
-    if stored.get("recipe") != NAME: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
-    return stored
-
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #ae4b9826
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3ed7be5d
 def run(
     config: dict|str|Path|None = None, # Values over the profile: a dict or a YAML file
     *,
@@ -586,12 +470,12 @@ def resume(
     say: Callable[[str], None] = print, # Where announcements go
 ) -> Run:
     "Continue a run with what its folder says."
-    stored = open_folder(folder)
+    stored = open_folder(folder, NAME)
     if stored is None: raise RunError(f"{folder} is missing or empty; start with: geolab run {NAME} --out {folder}")
     return _go(ThawSlumpConfig.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
 
 def _go(config, folder, data, profile, force, until, say):
-    open_folder(folder)
+    open_folder(folder, NAME)
     work = Work(config, folder, **data, say=say)
     work.check()
     vectors = [] if work.made else [*find_images(data["labels"])] if Path(data["labels"]).is_dir() else [Path(p) for p in (data["labels"], data["aoi"]) if p and Path(p).is_file()]
