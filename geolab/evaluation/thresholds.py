@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic', 'background_share', 'GateCheck', 'check_gate',
            'certified_position', 'certify_threshold', 'choose_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
-           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off', 'best_f']
+           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #91371b5e
+# %% ../../nbs/evaluation/44_thresholds.ipynb #bdc2f2a7
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Sequence
 
@@ -20,7 +20,7 @@ from .calibration import Calibrator
 from .metrics import PRCurve, f_beta, metrics_at, pr_curve, recall_at_precision, stratum_weight
 from .scores import ScoreHistogram
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #74511beb
+# %% ../../nbs/evaluation/44_thresholds.ipynb #09a7843f
 @dataclass(frozen=True)
 class Threshold:
     "A threshold in logits, what was asked of it, and how sure it is."
@@ -43,7 +43,7 @@ class Threshold:
     @classmethod
     def from_dict(cls, values: dict) -> "Threshold": return cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #5b6bf02a
+# %% ../../nbs/evaluation/44_thresholds.ipynb #f3a4ea42
 def threshold_for_precision(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # Between 0 and 1
@@ -58,7 +58,7 @@ def threshold_for_precision(
     return Threshold(point.logit, probability, target_precision, prevalence, unit, blocks=len(hist.blocks), reason=point.reason, precision=point.precision,
         recall=point.recall, best_precision=point.best, calibrator=None if calibrator is None else calibrator.hash)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #192cd767
+# %% ../../nbs/evaluation/44_thresholds.ipynb #cf9fbd97
 class BlockSums(NamedTuple):
     "What the statistic is made of, by block; the flagged ones also by threshold."
     tp: Float[np.ndarray, "block k"] # Flagged positives
@@ -85,7 +85,7 @@ class BlockSums(NamedTuple):
         jack = np.sqrt((b - 1)/b*((without - without.mean(0))**2).sum(0))
         return value(*total), d, np.maximum(1, np.divide(jack, linear, out=np.ones_like(jack), where=linear > 0))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #8ec28507
+# %% ../../nbs/evaluation/44_thresholds.ipynb #59d96f02
 def hall_statistic(
     m: Float[np.ndarray, " k"], # The statistic, below 0 where precision is above the target
     d: Float[np.ndarray, "block k"], # Influence of each block
@@ -105,7 +105,7 @@ def hall_statistic(
         t = (m + e)/s
         return t + skew*t**2/(3*n**.5) + skew**2*t**3/(27*n) + skew/(6*n**.5), m + e
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #f3c6b3dd
+# %% ../../nbs/evaluation/44_thresholds.ipynb #b68337b7
 def background_share(
     hist: ScoreHistogram, # Counted logits, of a new map as well: labels do not matter
     logit: float, # The level of the gate
@@ -134,7 +134,20 @@ def check_gate(
     chance = float(np.prod((new - i)/(blocks + new - i)))
     return GateCheck(outside, bool(chance < .01), chance)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #986af7ba
+# %% ../../nbs/evaluation/44_thresholds.ipynb #3460dc18
+def _gate(hist, lenient):
+    "The level that a fifth of the negatives exceed, the loudest block, and whether loud blocks are those with many false positives."
+    negative = hist.counts[:, 1:].sum(1)
+    over = negative.sum(0)[:0:-1].cumsum()[::-1]
+    level = max(int(np.flatnonzero(over >= .2*negative.sum())[-1]) if (over >= .2*negative.sum()).any() else 0, 0)
+    background, k = background_share(hist, hist.edges[level]), hist.index_of(lenient)
+    false = negative[:, k + 1:].sum(1)/np.maximum(negative.sum(1), 1)
+    flat = len(background) < 3 or np.ptp(background) == 0 or np.ptp(false) == 0
+    correlation = None if flat else float(spearmanr(background, false).statistic)
+    weak = correlation is None or correlation < .7
+    return dict(logit=float(hist.edges[level]), max_background=float(background.max()), blocks=len(background), correlation=correlation, weak=weak)
+
+# %% ../../nbs/evaluation/44_thresholds.ipynb #f5c716e1
 def certified_position(
     sums: BlockSums, # Thresholds from strict to lenient
     recall: Float[np.ndarray, " k"], # Share of the positives that each threshold finds
@@ -162,7 +175,7 @@ def certified_position(
     last = passes.argmax() + np.argmin(np.append(passes[passes.argmax():], False)) - 1 if passes.any() else None
     return None if last is None else int(allowed[last]), dict(reason=None, allowed=allowed, h=h, m=m, with_worst=with_worst, q=q, d=d, critical=critical)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #6fe50888
+# %% ../../nbs/evaluation/44_thresholds.ipynb #b2a7c80b
 def _interval(prevalence):
     "Low and high end of a stated prevalence."
     if isinstance(prevalence, (str, Ratio)): return [Ratio.parse(prevalence).prevalence]*2
@@ -171,17 +184,16 @@ def _interval(prevalence):
         raise DataError(f"a prevalence is a share between 0 and 1, a ratio such as '1:500', or an interval (low, high); got {prevalence!r}")
     return ends
 
-def _gate(hist, lenient):
-    "The level that a fifth of the negatives exceed, the loudest block, and whether loud blocks are those with many false positives."
-    negative = hist.counts[:, 1:].sum(1)
-    over = negative.sum(0)[:0:-1].cumsum()[::-1]
-    level = max(int(np.flatnonzero(over >= .2*negative.sum())[-1]) if (over >= .2*negative.sum()).any() else 0, 0)
-    background, k = background_share(hist, hist.edges[level]), hist.index_of(lenient)
-    false = negative[:, k + 1:].sum(1)/np.maximum(negative.sum(1), 1)
-    flat = len(background) < 3 or np.ptp(background) == 0 or np.ptp(false) == 0
-    correlation = None if flat else float(spearmanr(background, false).statistic)
-    weak = correlation is None or correlation < .7
-    return dict(logit=float(hist.edges[level]), max_background=float(background.max()), blocks=len(background), correlation=correlation, weak=weak)
+def _grid(hist, val):
+    "Edges to try, from strict to lenient: where the validation recall passes 64 levels from 0.03 to 0.97."
+    if not isinstance(val, ScoreHistogram): logits = sorted(map(float, val), reverse=True)
+    else:
+        found = val.flagged()[:, 0].sum(0)
+        if not found.any(): raise DataError("the validation blocks hold no positives; the order of thresholds needs some")
+        reached = found >= np.linspace(.03, .97, 64)[:, None]*val.counts[:, 0].sum()
+        logits = [val.edges[np.flatnonzero(row)[-1]] for row in reached if row.any()]
+    if not logits: raise DataError("`val` must hold at least one threshold")
+    return np.unique([hist.index_of(min(z, hist.edges[-1])) for z in logits])[::-1]
 
 def _sums(hist, at, unit):
     "Sums by block at some edges, false positives floored where fewer than five blocks hold any; and the recall there."
@@ -203,7 +215,7 @@ def _tails(blocks, sums, found, k):
         m=float(found["m"][j]), m_with_worst=float(found["with_worst"][j]), h=float(found["h"][j]), critical=found["critical"], jackknife=float(found["q"][j]),
         blocks_with_true_positives=int((sums.tp[:, k] > 0).sum()), blocks_with_false_positives=int((sums.fp1[:, k] + sums.fp0[:, k] > 0).sum()))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #8bc1724c
+# %% ../../nbs/evaluation/44_thresholds.ipynb #112cd13a
 def certify_threshold(
     hist: ScoreHistogram, # Calibration blocks: used for nothing else, not for training, early stopping or calibration
     target_precision: float, # Between 0 and 1
@@ -250,18 +262,7 @@ def certify_threshold(
     return Threshold(logit, probability, certified=True, precision=at["precision"], recall=at["recall"], best_precision=best, calibrator=of,
         diagnostics=_tails(hist.blocks, sums, found, k), **stated)
 
-def _grid(hist, val):
-    "Edges to try, from strict to lenient: where the validation recall passes 64 levels from 0.03 to 0.97."
-    if not isinstance(val, ScoreHistogram): logits = sorted(map(float, val), reverse=True)
-    else:
-        found = val.flagged()[:, 0].sum(0)
-        if not found.any(): raise DataError("the validation blocks hold no positives; the order of thresholds needs some")
-        reached = found >= np.linspace(.03, .97, 64)[:, None]*val.counts[:, 0].sum()
-        logits = [val.edges[np.flatnonzero(row)[-1]] for row in reached if row.any()]
-    if not logits: raise DataError("`val` must hold at least one threshold")
-    return np.unique([hist.index_of(min(z, hist.edges[-1])) for z in logits])[::-1]
-
-# %% ../../nbs/evaluation/44_thresholds.ipynb #9a17c340
+# %% ../../nbs/evaluation/44_thresholds.ipynb #99b87aaf
 def choose_threshold(
     hist: ScoreHistogram, # Calibration blocks
     target_precision: float, # Between 0 and 1
@@ -281,7 +282,7 @@ def choose_threshold(
     reason = guess.reason if guess.logit is None else f"not certified: {sure.reason}"
     return replace(guess, confidence=confidence, gate=sure.gate, diagnostics=sure.diagnostics, reason=reason)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #9a8644ac
+# %% ../../nbs/evaluation/44_thresholds.ipynb #d1d4f10c
 class Plan(NamedTuple):
     "What a target asks of the calibration data."
     false_positive_rate: float # Room in the empty tiles at this recall, with clean surroundings of the positives
@@ -320,7 +321,7 @@ def plan_calibration(
             return plan._replace(blocks=int(blocks), empty_tiles=int(np.ceil(blocks*pilot.tiles[:, 1].sum()/b)), reason=None)
     return plan._replace(reason=f"at recall {recall} the pilot's precision does not exceed {target_precision} by enough; no number of such blocks will do")
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #ce00afbc
+# %% ../../nbs/evaluation/44_thresholds.ipynb #87aa7d38
 class PrevalenceCurve(NamedTuple):
     "Precision of one threshold over prevalence."
     prevalence: Float[np.ndarray, " n"] # Share of positives, of the unit
@@ -349,7 +350,7 @@ def precision_over_prevalence(
     even = None if room <= 0 else 0. if not fp0 else float(1/(1 + (room/fp0*n0 + n1)/pos))
     return PrevalenceCurve(prevalence, precision, tp/max(hist.counts[:, 0].sum(), 1), even)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #327c977a
+# %% ../../nbs/evaluation/44_thresholds.ipynb #a7c8124e
 def plot_prevalence(
     curves: dict[str, PrevalenceCurve], # By label
     target_precision: float|None = None, # Drawn as a line
@@ -391,20 +392,3 @@ def _axes(ax):
     if ax is not None: return ax
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
-
-# %% ../../nbs/evaluation/44_thresholds.ipynb #24dbe273
-def best_f(
-    hist: ScoreHistogram, # Counted logits
-    target_precision: float, # That nothing reached
-    calibrator: Calibrator|None = None, # Gives the probability
-    beta: float = .5, # Below 1 favours precision
-) -> Threshold: # Says in `reason` that it is second best
-    "The threshold of the largest F-beta, for when no threshold reaches the target."
-    curve = pr_curve(hist)
-    if curve.precision is None or not len(curve.logit): raise DataError(f"no threshold can be chosen: {curve.reason or 'no scores'}")
-    f = np.array([f_beta(p, r, beta) for p, r in zip(curve.precision, curve.recall)])
-    k = int(f.argmax())
-    logit = float(curve.logit[k])
-    return Threshold(logit, (calibrator or Calibrator()).probability(logit), target_precision, curve.positive_fraction, "pixel", blocks=len(hist.blocks),
-        reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
-        best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
