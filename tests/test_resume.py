@@ -168,6 +168,7 @@ def test_full_disk_is_said_and_survived(start, straight, tmp_path):
 
 def ctrl_c(out):
     "Train, and press Ctrl-C in the tenth step."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started with Ctrl-C ignored
     seen, before = [], signal.getsignal(signal.SIGINT)
 
     def loss(logits, target, valid):

@@ -7,7 +7,7 @@ __all__ = ['Calibrator', 'adjust_prior', 'Reliability', 'reliability', 'ece', 'b
            'plot_reliability', 'IsotonicCalibrator', 'fit_isotonic', 'BetaCalibrator', 'fit_beta', 'SoftmaxCalibrator',
            'fit_softmax']
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #3827c62d
+# %% ../../nbs/evaluation/43_calibration.ipynb #3a9563bb
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from .metrics import stratum_weight
 from .scores import ScoreHistogram
 from ..nn.losses import focal_inverse
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #6b70822b
+# %% ../../nbs/evaluation/43_calibration.ipynb #8e15b68a
 @dataclass(frozen=True)
 class Calibrator:
     "Logits to calibrated logits: undo the focal loss, divide by the temperature, add the bias."
@@ -59,7 +59,7 @@ class Calibrator:
     @property
     def hash(self) -> str: return content_hash(self.to_dict())
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #82e388c0
+# %% ../../nbs/evaluation/43_calibration.ipynb #e86cf2b6
 def adjust_prior(
     z, # Logits that are calibrated at `prevalence_from`
     prevalence_from: float, # Share of positives where they were calibrated, between 0 and 1
@@ -70,7 +70,7 @@ def adjust_prior(
         if not 0 < p < 1: raise DataError(f"a prevalence must lie between 0 and 1, got {p}; a ratio 1:500 is Ratio.parse('1:500').prevalence")
     return z + np.log(prevalence_to/(1 - prevalence_to)).item() - np.log(prevalence_from/(1 - prevalence_from)).item()
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #6e68a214
+# %% ../../nbs/evaluation/43_calibration.ipynb #729e2c71
 def _binary(hist, ratio, unit):
     "Occupied bins: logit, weight of the negatives and of the positives."
     weight = stratum_weight(hist, ratio, unit)
@@ -78,9 +78,10 @@ def _binary(hist, ratio, unit):
     pos, n1, n0 = hist.counts.sum(0).astype(float)
     neg = n1 + weight.value*n0
     keep = (pos + neg) > 0
+    if not keep.any(): raise DataError("the histogram is empty; count some scores first")
     return hist.centers[keep], neg[keep], pos[keep]
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #fadbf21f
+# %% ../../nbs/evaluation/43_calibration.ipynb #59817ee7
 @dataclass(frozen=True)
 class Reliability:
     "Mean probability and share of positives by bin of probability; empty bins are left out."
@@ -118,7 +119,7 @@ def reliability(
     error = np.sqrt(((npos - frequency*nall)**2).sum(0)*b/(b - 1))/nall.sum(0) if b > 1 else np.full(keep.sum(), np.nan)
     return Reliability(sum_p/nall.sum(0), frequency, nall.sum(0)/total, error)
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #c386e130
+# %% ../../nbs/evaluation/43_calibration.ipynb #f5d63e54
 def ece(
     hist: ScoreHistogram, # Counted logits
     calibrator: Calibrator|None = None, # Applied to the logits; `None` takes them as they are
@@ -152,7 +153,7 @@ def log_loss(
     p = np.clip((calibrator or Calibrator()).probability(z), 1e-15, 1 - 1e-15)
     return float(-(neg*np.log1p(-p) + pos*np.log(p)).sum()/(neg + pos).sum())
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #4f9173be
+# %% ../../nbs/evaluation/43_calibration.ipynb #0d11e4d6
 def _newton(features, weights, start):
     "Minimise the weighted negative log-likelihood of softmax(features @ theta): features (n, k, d), weights (n, k)."
     theta, total = np.asarray(start, float), weights.sum()
@@ -178,14 +179,14 @@ def _newton(features, weights, start):
         theta, value, p = theta - size*step, new_value, new_p
     return theta, value
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #f7c856b9
+# %% ../../nbs/evaluation/43_calibration.ipynb #04fc88c6
 def _both_classes(hist, ratio=None, unit="tile"):
     z, neg, pos = _binary(hist, ratio, unit)
     if not pos.sum() or not neg.sum():
         raise DataError(f"a calibration set must hold both classes, got {pos.sum():g} positives and {neg.sum():g} negatives; choose blocks with both")
     return z, neg, pos
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #0c09ebab
+# %% ../../nbs/evaluation/43_calibration.ipynb #50a968d6
 def fit_temperature(
     hist: ScoreHistogram, # Counted logits of a part that trained nothing
     *,
@@ -206,7 +207,7 @@ def fit_temperature(
     if theta[0] > 1e3: raise DataError("the scores separate the classes perfectly, so the temperature would be 0; calibrate on more blocks")
     return Calibrator(float(1/theta[0]), float(theta[1]) if bias else 0., float(pos.sum()/(pos.sum() + neg.sum())), focal)
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #c01e7aab
+# %% ../../nbs/evaluation/43_calibration.ipynb #4cfaaae7
 def plot_reliability(
     before: Reliability, # Of the raw logits
     after: Reliability|None = None, # Of the calibrated ones
@@ -223,7 +224,7 @@ def plot_reliability(
     ax.legend(fontsize=7, frameon=False)
     return ax
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #66878bb6
+# %% ../../nbs/evaluation/43_calibration.ipynb #7f6f385c
 @dataclass(frozen=True)
 class IsotonicCalibrator:
     "Probabilities from a rising step function of the logit."
@@ -257,7 +258,7 @@ def fit_beta(
     features[:, 1] = np.stack([-np.logaddexp(0, -z), np.logaddexp(0, z), np.ones_like(z)], 1)
     return BetaCalibrator(*map(float, _newton(features, np.stack([neg, pos], 1), [1., 1., 0.])[0]))
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #31cd9290
+# %% ../../nbs/evaluation/43_calibration.ipynb #6348b621
 @dataclass(frozen=True)
 class SoftmaxCalibrator:
     "Logits of several classes to calibrated logits: one temperature, one bias per class."
@@ -278,7 +279,7 @@ class SoftmaxCalibrator:
         z = np.exp(z - z.max(1, keepdims=True))
         return z/z.sum(1, keepdims=True)
 
-# %% ../../nbs/evaluation/43_calibration.ipynb #e0a041a7
+# %% ../../nbs/evaluation/43_calibration.ipynb #ebf4018a
 def fit_softmax(
     logits: Float[np.ndarray, "n c"], # A sample of logits of at least two classes
     target: np.ndarray, # Class numbers, shape (n,)

@@ -6,7 +6,7 @@
 __all__ = ['label_objects', 'Overlaps', 'overlap_pairs', 'assign_pairs', 'ObjectMatch', 'ObjectMatcher', 'match_objects',
            'size_table', 'object_curve', 'plot_sizes', 'rank_for_labelling']
 
-# %% ../../nbs/evaluation/42_objects.ipynb #a440b645
+# %% ../../nbs/evaluation/42_objects.ipynb #e2f5f44c
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Sequence
 
@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite
 from ..core import DataError, check_shape
 from .metrics import f_beta
 
-# %% ../../nbs/evaluation/42_objects.ipynb #213be2ad
+# %% ../../nbs/evaluation/42_objects.ipynb #00d728ef
 def _mask(x, name):
     x = np.asarray(x)
     check_shape(x, "h w", name)
@@ -34,7 +34,7 @@ def _structure(connectivity):
     if connectivity not in (4, 8): raise DataError(f"`connectivity` must be 4 (sides) or 8 (sides and corners), got {connectivity}")
     return np.ones((3, 3)) if connectivity == 8 else None
 
-# %% ../../nbs/evaluation/42_objects.ipynb #13bc292e
+# %% ../../nbs/evaluation/42_objects.ipynb #4b8d2a66
 def label_objects(
     mask: Bool[np.ndarray, "h w"], # True where there is something
     connectivity: Literal[4, 8] = 8, # Pixels touch by sides, or by sides and corners
@@ -47,7 +47,7 @@ def label_objects(
     keep[0] = False
     return (np.cumsum(keep)*keep)[labels].astype(np.int32), int(keep.sum())
 
-# %% ../../nbs/evaluation/42_objects.ipynb #1220c3e8
+# %% ../../nbs/evaluation/42_objects.ipynb #21e4d13e
 class Overlaps(NamedTuple):
     "What two label images share."
     pairs: Int[np.ndarray, "pair 3"] # Predicted label, true label, pixels in both
@@ -62,7 +62,7 @@ def overlap_pairs(
     check_shape(truth, f"{predicted.shape[0]} {predicted.shape[1]}", "truth")
     sizes, found = [np.zeros(int(x.max(initial=0)) + 1, np.int64) for x in (predicted, truth)], []
     rows = max(1, 2**20//max(predicted.shape[1], 1))
-    for i in range(0, len(predicted), rows):
+    for i in range(0, len(predicted) if predicted.size else 0, rows):
         a, b = predicted[i:i + rows].ravel(), truth[i:i + rows].ravel()
         start = np.flatnonzero((a[1:] != a[:-1]) | (b[1:] != b[:-1])) + 1
         start = np.concatenate([[0], start])
@@ -76,7 +76,7 @@ def overlap_pairs(
     for size in sizes: size[0] = 0
     return Overlaps(np.stack([key//len(sizes[1]), key%len(sizes[1]), pixels], 1), *sizes)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #d78a6d4c
+# %% ../../nbs/evaluation/42_objects.ipynb #3e6c5764
 def assign_pairs(
     predicted: Int[np.ndarray, " pair"], # Object of one side
     truth: Int[np.ndarray, " pair"], # Object of the other side
@@ -98,7 +98,7 @@ def assign_pairs(
     chosen = dict(zip(row.tolist(), col.tolist()))
     return np.sort(np.concatenate([np.flatnonzero(alone), rest[[chosen[i] == j for i, j in zip(p.tolist(), t.tolist())]]]))
 
-# %% ../../nbs/evaluation/42_objects.ipynb #cbc22edc
+# %% ../../nbs/evaluation/42_objects.ipynb #3ac95c40
 @dataclass(frozen=True)
 class ObjectMatch:
     "Objects of both sides with their partners; adds up over maps."
@@ -139,7 +139,7 @@ class ObjectMatch:
         return ObjectMatch(*(pd.concat([x, shift(y, len(z))], ignore_index=True) for x, y, z in [
             (self.predicted, other.predicted, self.truth), (self.truth, other.truth, self.predicted)]), self.rule)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #964fec82
+# %% ../../nbs/evaluation/42_objects.ipynb #92e2efcd
 class ObjectMatcher:
     "Match two maps that come in bands of rows, from top to bottom."
     def __init__(self,
@@ -152,7 +152,7 @@ class ObjectMatcher:
         self.last, self.count = [None, None], [0, 0]  # last row of labels, number of labels so far; predicted and truth
         self.sizes, self.joins, self.pairs, self.scores, self.far = ([], []), ([], []), [], [], []
 
-# %% ../../nbs/evaluation/42_objects.ipynb #f68198dd
+# %% ../../nbs/evaluation/42_objects.ipynb #fedb2e11
 @patch
 def update(self: ObjectMatcher,
     predicted: Bool[np.ndarray, "rows w"], # Mask of the map
@@ -193,7 +193,7 @@ def _label(self: ObjectMatcher, side, mask):
             self.joins[side].append(np.unique(np.stack([above[touch], below[touch] + self.count[side]], 1), axis=0))
     return labels
 
-# %% ../../nbs/evaluation/42_objects.ipynb #cb4ca6a3
+# %% ../../nbs/evaluation/42_objects.ipynb #51e9ae7f
 @patch
 def _merged(self: ObjectMatcher, side):
     "Final number of each label, from 0 in the order of first pixels, and of those the sizes."
@@ -229,7 +229,7 @@ def finish(self: ObjectMatcher) -> ObjectMatch:
     tables[0].insert(1, "score", score[big[0]]); tables[0].insert(2, "far", far[big[0]])
     return ObjectMatch(*tables, self.rule)
 
-# %% ../../nbs/evaluation/42_objects.ipynb #80741362
+# %% ../../nbs/evaluation/42_objects.ipynb #ecce741f
 def match_objects(
     predicted_mask: Bool[np.ndarray, "h w"], # The map
     true_mask: Bool[np.ndarray, "h w"], # The labels on the same grid
@@ -244,7 +244,7 @@ def match_objects(
     "Match the objects of a whole map one to one."
     return ObjectMatcher(iou, connectivity, min_size).update(predicted_mask, true_mask, valid=valid, logits=logits, empty=empty).finish()
 
-# %% ../../nbs/evaluation/42_objects.ipynb #949f969e
+# %% ../../nbs/evaluation/42_objects.ipynb #17756e86
 def size_table(
     match: ObjectMatch, # Matched objects
     edges: Sequence[float] = (1, 10, 30, 100, 300, 1000, 3000), # Lower ends of the size classes, in pixels, increasing; the last is open
@@ -262,7 +262,7 @@ def size_table(
     columns = dict(labelled=labelled, found=found, recall=rate(found, labelled), predicted=predicted, true=true, precision=rate(true, predicted))
     return pd.DataFrame(columns, index=pd.Index(names, name="size_px"))
 
-# %% ../../nbs/evaluation/42_objects.ipynb #9cb2af43
+# %% ../../nbs/evaluation/42_objects.ipynb #4856b3da
 def object_curve(
     logits: Float[np.ndarray, "h w"], # Scores of the stitched map
     true_mask: Bool[np.ndarray, "h w"], # The labels on the same grid
@@ -282,7 +282,7 @@ def object_curve(
         rows.append({"logit": float(logit), "precision": p, "recall": r, "f0.5": score, "tp": match.tp, "fp": match.fp, "fn": match.fn})
     return pd.DataFrame(rows).astype({name: float for name in ("precision", "recall", "f0.5")})
 
-# %% ../../nbs/evaluation/42_objects.ipynb #322d85cb
+# %% ../../nbs/evaluation/42_objects.ipynb #91a4df10
 def plot_sizes(
     match: ObjectMatch, # Matched objects
     ax=None, # Axes; `None` makes a figure
@@ -303,7 +303,7 @@ def plot_sizes(
     ax.set(xscale="log", xlabel="size of the labelled object (pixels)", ylabel=f"recall (IoU ≥ {match.rule['iou']:g})", ylim=(-.02, 1.03))
     return ax
 
-# %% ../../nbs/evaluation/42_objects.ipynb #4e089241
+# %% ../../nbs/evaluation/42_objects.ipynb #fed14a25
 def rank_for_labelling(
     probability: Sequence[Float[np.ndarray, "h w"]]|Float[np.ndarray, "n ..."], # Calibrated probabilities of each tile; NaN where not valid
     block: Sequence[str], # Block of each tile

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'fingerprint', 'check_space', 'open_folder',
-           'batch_size_of', 'calibration_part', 'display', 'three_of']
+           'batch_size_of', 'calibration_part', 'best_f', 'display', 'three_of']
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #32ec8e29
+# %% ../../nbs/recipes/70_pipeline.ipynb #d02b92ca
 import copy, errno, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +18,16 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import nn
 
-from ..core import ConfigError, RunError, content_hash, load_yaml, override
+from ..core import ConfigError, DataError, RunError, content_hash, load_yaml, override
 from ..data.augment import rgb_of
 from ..data.splits import Split
+from ..evaluation.calibration import Calibrator
+from ..evaluation.metrics import f_beta, pr_curve
+from ..evaluation.scores import ScoreHistogram
+from ..evaluation.thresholds import Threshold
 from ..training.runs import StageLog
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #cf0402d0
+# %% ../../nbs/recipes/70_pipeline.ipynb #00b94d70
 @dataclass(frozen=True)
 class Stage:
     "One step of a recipe."
@@ -34,7 +38,7 @@ class Stage:
     keys: tuple[str, ...] = ()         # Top-level configuration keys that change its result
     costly: bool = False               # Never made anew without `force`
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #31a19c94
+# %% ../../nbs/recipes/70_pipeline.ipynb #2314ccde
 def stage_keys(
     stages: Iterable[Stage], # In the order in which they run
     config: dict, # Plain values of the whole configuration
@@ -48,7 +52,7 @@ def stage_keys(
         keys[stage.name] = content_hash([stage.name, {k: config.get(k) for k in stage.keys}, [keys[n] for n in stage.needs], inputs])
     return keys
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #c8460bbd
+# %% ../../nbs/recipes/70_pipeline.ipynb #21afe300
 @contextmanager
 def alone_in(
     folder: Path|str, # The run folder; made if it is missing
@@ -63,7 +67,7 @@ def alone_in(
         except OSError: raise RunError(f"another geolab is at work in {folder}; wait for it, or give another --out") from None
         yield
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #265df4ba
+# %% ../../nbs/recipes/70_pipeline.ipynb #a29778b6
 def run_stages(
     stages: list[Stage], # In order
     work: Any, # The recipe's own object; handed to every stage
@@ -105,7 +109,7 @@ def _no_space(error, folder):
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return RunError(f"no space left for {folder} ({error.strerror}); free some and run the same command again: it continues")
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #b5d8afab
+# %% ../../nbs/recipes/70_pipeline.ipynb #0cd3f11e
 def merge_config(
     profiles: dict[str, str], # Name of each profile to its YAML text
     profile: str, # Which one to start from
@@ -120,14 +124,14 @@ def merge_config(
 def _over(base, new):
     return base | {k: _over(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in new.items()}
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #2b9ff091
+# %% ../../nbs/recipes/70_pipeline.ipynb #12fc2cd8
 def fingerprint(
     paths: Iterable[Path|str], # Files
 ) -> list: # Plain values for `inputs`
     "Name, size and modification time of each file."
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in map(lambda x: Path(x).resolve(), paths)]
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #3f391e7d
+# %% ../../nbs/recipes/70_pipeline.ipynb #11bee704
 def check_space(
     folder: Path|str, # Where the run will be written; it need not exist
     needed: int, # Bytes
@@ -139,7 +143,7 @@ def check_space(
     if free < needed:
         raise RunError(f"no space left for {folder}: needs about {needed/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some or choose another --out")
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #eebf1b11
+# %% ../../nbs/recipes/70_pipeline.ipynb #ce8e9d69
 def open_folder(
     folder: Path|str, # An existing run folder, or one to be
     recipe: str, # Name of the recipe that wants it
@@ -152,7 +156,7 @@ def open_folder(
     if stored.get("recipe") != recipe: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #3d3fbbf5
+# %% ../../nbs/recipes/70_pipeline.ipynb #14e40ec0
 def batch_size_of(
     wanted: int|Literal["max_that_fits"], # As configured
     network: nn.Module, # Tried on the GPU
@@ -181,7 +185,24 @@ def calibration_part(
     "The part that calibrator and thresholds come from."
     return "val" if split.certificate["cal_is_val"] else "cal"
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #33b567fc
+# %% ../../nbs/recipes/70_pipeline.ipynb #5cdbef3f
+def best_f(
+    hist: ScoreHistogram, # Counted logits
+    target_precision: float, # That nothing reached
+    calibrator: Calibrator|None = None, # Gives the probability
+    beta: float = .5, # Below 1 favours precision
+) -> Threshold: # Says in `reason` that it is second best
+    "The threshold of the largest F-beta, for when no threshold reaches the target."
+    curve = pr_curve(hist)
+    if curve.precision is None or not len(curve.logit): raise DataError(f"no threshold can be chosen: {curve.reason or 'no scores'}")
+    f = np.array([f_beta(p, r, beta) for p, r in zip(curve.precision, curve.recall)])
+    k = int(f.argmax())
+    logit = float(curve.logit[k])
+    return Threshold(logit, (calibrator or Calibrator()).probability(logit), target_precision, curve.positive_fraction, "pixel", blocks=len(hist.blocks),
+        reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
+        best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
+
+# %% ../../nbs/recipes/70_pipeline.ipynb #25d8a814
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold

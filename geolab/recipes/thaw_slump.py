@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'NAME', 'ABOUT', 'OBSERVED', 'TRAIN_KEYS', 'LabelsConfig', 'SplitConfig', 'WorldConfig', 'ThawSlumpConfig',
            'validation_metrics', 'Work', 'chosen_bands', 'stages', 'run', 'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #f2cdff02
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #0a1f0954
 import warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -33,12 +33,12 @@ from ..evaluation.calibration import ece, fit_temperature
 from ..evaluation.metrics import average_precision, metrics_at, summary, trivial_baselines
 from ..evaluation.objects import match_objects
 from ..evaluation.scores import ScoreHistogram, save_scores
-from ..evaluation.thresholds import best_f, choose_threshold
+from ..evaluation.thresholds import choose_threshold
 from ..inference.vectorize import polygonise, write_polygons
 from ..inference.windows import predict_raster
 from ..nn.losses import build_loss, initialise_bias
 from ..nn.segmentation import build_segmenter
-from geolab.recipes.pipeline import (Stage, batch_size_of, calibration_part, check_space, display, fingerprint, merge_config, open_folder, run_stages,
+from geolab.recipes.pipeline import (Stage, batch_size_of, best_f, calibration_part, check_space, display, fingerprint, merge_config, open_folder, run_stages,
     three_of)
 from ..report import build_report
 from ..training.baselines import pixel_logistic
@@ -46,7 +46,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #72f8940d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #4a3499fe
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -72,7 +72,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d255d37b
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #db8d054f
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -128,7 +128,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #fcec7f08
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c0f56cf6
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -170,7 +170,7 @@ random_seed: 42
 """)
 NAME, ABOUT = "thaw_slump", "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #97f8302d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b82e61b8
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -186,7 +186,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #7997c228
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #be0f1de5
 OBSERVED = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -221,7 +221,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #4c891e68
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #0654b555
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -235,7 +235,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #8d5a994b
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #205e4771
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -260,7 +260,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #a9eae691
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #69fe7040
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -295,7 +295,7 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #f5a12a4b
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #41edff36
 @patch
 def calibrate(self: Work):
     "Score the held-out parts and fit the calibrator."
@@ -308,7 +308,7 @@ def calibrate(self: Work):
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c505b948
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #d2df575e
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -326,7 +326,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #ea8f5c08
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5f087c57
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -348,7 +348,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #5efcd876
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #251bf856
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -374,7 +374,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #8b90ec45
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #f46e5252
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -398,7 +398,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0ecebf10
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #cab8cafe
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -422,7 +422,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment", "deterministic")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b2d2b53f
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b8765193
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -439,7 +439,7 @@ def check(self: Work):
     weights = 4*sum(p.numel() for p in network.parameters())
     check_space(self.folder, 5*weights + 12*pixels + (4*len(bands)*pixels if self.made else 0) + 20_000_000)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #3ed7be5d
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #93d20698
 def run(
     config: dict|str|Path|None = None, # Values over the profile: a dict or a YAML file
     *,
