@@ -7,7 +7,7 @@ __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic'
            'certified_position', 'certify_threshold', 'choose_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
            'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #8e14b0db
+# %% ../../nbs/evaluation/44_thresholds.ipynb #a8b65368
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Sequence
 
@@ -20,7 +20,7 @@ from .calibration import Calibrator
 from .metrics import PRCurve, f_beta, metrics_at, pr_curve, recall_at_precision, stratum_weight
 from .scores import ScoreHistogram
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #bb2edd0a
+# %% ../../nbs/evaluation/44_thresholds.ipynb #22c2eb71
 @dataclass(frozen=True)
 class Threshold:
     "A threshold in logits, what was asked of it, and how sure it is."
@@ -43,7 +43,7 @@ class Threshold:
     @classmethod
     def from_dict(cls, values: dict) -> "Threshold": return cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #0696f625
+# %% ../../nbs/evaluation/44_thresholds.ipynb #0bf29fc4
 def threshold_for_precision(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # Between 0 and 1
@@ -58,7 +58,7 @@ def threshold_for_precision(
     return Threshold(point.logit, probability, target_precision, prevalence, unit, blocks=len(hist.blocks), reason=point.reason, precision=point.precision,
         recall=point.recall, best_precision=point.best, calibrator=None if calibrator is None else calibrator.hash)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #2f559d00
+# %% ../../nbs/evaluation/44_thresholds.ipynb #1e14e3c6
 class BlockSums(NamedTuple):
     "What the statistic is made of, by block; the flagged ones also by threshold."
     tp: Float[np.ndarray, "block k"] # Flagged positives
@@ -85,7 +85,7 @@ class BlockSums(NamedTuple):
         jack = np.sqrt((b - 1)/b*((without - without.mean(0))**2).sum(0))
         return value(*total), d, np.maximum(1, np.divide(jack, linear, out=np.ones_like(jack), where=linear > 0))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #38c20fd7
+# %% ../../nbs/evaluation/44_thresholds.ipynb #0dd5f15a
 def hall_statistic(
     m: Float[np.ndarray, " k"], # The statistic, below 0 where precision is above the target
     d: Float[np.ndarray, "block k"], # Influence of each block
@@ -105,7 +105,7 @@ def hall_statistic(
         t = (m + e)/s
         return t + skew*t**2/(3*n**.5) + skew**2*t**3/(27*n) + skew/(6*n**.5), m + e
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #37969e66
+# %% ../../nbs/evaluation/44_thresholds.ipynb #a29ef5bc
 def background_share(
     hist: ScoreHistogram, # Counted logits, of a new map as well: labels do not matter
     logit: float, # The level of the gate
@@ -134,7 +134,7 @@ def check_gate(
     chance = float(np.prod((new - i)/(blocks + new - i)))
     return GateCheck(outside, bool(chance < .01), chance)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #26b79a17
+# %% ../../nbs/evaluation/44_thresholds.ipynb #ffa391c0
 def _gate(hist, lenient):
     "The level that a fifth of the negatives exceed, the loudest block, and whether loud blocks are those with many false positives."
     negative = hist.counts[:, 1:].sum(1)
@@ -147,7 +147,7 @@ def _gate(hist, lenient):
     weak = correlation is None or correlation < .7
     return dict(logit=float(hist.edges[level]), max_background=float(background.max()), blocks=len(background), correlation=correlation, weak=weak)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #df29b08c
+# %% ../../nbs/evaluation/44_thresholds.ipynb #897137f6
 def certified_position(
     sums: BlockSums, # Thresholds from strict to lenient
     recall: Float[np.ndarray, " k"], # Share of the positives that each threshold finds
@@ -175,7 +175,7 @@ def certified_position(
     last = passes.argmax() + np.argmin(np.append(passes[passes.argmax():], False)) - 1 if passes.any() else None
     return None if last is None else int(allowed[last]), dict(reason=None, allowed=allowed, h=h, m=m, with_worst=with_worst, q=q, d=d, critical=critical)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #6180aecd
+# %% ../../nbs/evaluation/44_thresholds.ipynb #4580f0a6
 def _interval(prevalence):
     "Low and high end of a stated prevalence."
     if isinstance(prevalence, (str, Ratio)): return [Ratio.parse(prevalence).prevalence]*2
@@ -215,7 +215,7 @@ def _tails(blocks, sums, found, k):
         m=float(found["m"][j]), m_with_worst=float(found["with_worst"][j]), h=float(found["h"][j]), critical=found["critical"], jackknife=float(found["q"][j]),
         blocks_with_true_positives=int((sums.tp[:, k] > 0).sum()), blocks_with_false_positives=int((sums.fp1[:, k] + sums.fp0[:, k] > 0).sum()))
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #81ffee70
+# %% ../../nbs/evaluation/44_thresholds.ipynb #62a3885c
 def certify_threshold(
     hist: ScoreHistogram, # Calibration blocks: used for nothing else, not for training, early stopping or calibration
     target_precision: float, # Between 0 and 1
@@ -262,7 +262,7 @@ def certify_threshold(
     return Threshold(logit, probability, certified=True, precision=at["precision"], recall=at["recall"], best_precision=best, calibrator=of,
         diagnostics=_tails(hist.blocks, sums, found, k), **stated)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #cb97c41f
+# %% ../../nbs/evaluation/44_thresholds.ipynb #a827ae23
 def choose_threshold(
     hist: ScoreHistogram, # Calibration blocks
     target_precision: float, # Between 0 and 1
@@ -282,7 +282,7 @@ def choose_threshold(
     reason = guess.reason if guess.logit is None else f"not certified: {sure.reason}"
     return replace(guess, confidence=confidence, gate=sure.gate, diagnostics=sure.diagnostics, reason=reason)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #31dc03e6
+# %% ../../nbs/evaluation/44_thresholds.ipynb #2945e325
 class Plan(NamedTuple):
     "What a target asks of the calibration data."
     false_positive_rate: float # Room in the empty tiles at this recall, with clean surroundings of the positives
@@ -321,7 +321,7 @@ def plan_calibration(
             return plan._replace(blocks=int(blocks), empty_tiles=int(np.ceil(blocks*pilot.tiles[:, 1].sum()/b)), reason=None)
     return plan._replace(reason=f"at recall {recall} the pilot's precision does not exceed {target_precision} by enough; no number of such blocks will do")
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #8238c82a
+# %% ../../nbs/evaluation/44_thresholds.ipynb #729f2a55
 class PrevalenceCurve(NamedTuple):
     "Precision of one threshold over prevalence."
     prevalence: Float[np.ndarray, " n"] # Share of positives, of the unit
@@ -350,7 +350,7 @@ def precision_over_prevalence(
     even = None if room <= 0 else 0. if not fp0 else float(1/(1 + (room/fp0*n0 + n1)/pos))
     return PrevalenceCurve(prevalence, precision, tp/max(hist.counts[:, 0].sum(), 1), even)
 
-# %% ../../nbs/evaluation/44_thresholds.ipynb #ea2475ae
+# %% ../../nbs/evaluation/44_thresholds.ipynb #f70598ea
 def plot_prevalence(
     curves: dict[str, PrevalenceCurve], # By label
     target_precision: float|None = None, # Drawn as a line
