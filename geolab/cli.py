@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'app', 'RecipeName', 'RunFolder', 'Images', 'Labels', 'Aoi
            'Seed', 'Force', 'recipe_module', 'run', 'train', 'calibrate', 'evaluate', 'report', 'predict', 'recipes',
            'main']
 
-# %% ../nbs/90_cli.ipynb #a2acd620
+# %% ../nbs/90_cli.ipynb #d499807e
 import sys, warnings
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 
 from .core import ConfigError, GeolabError, nearest
 
-# %% ../nbs/90_cli.ipynb #3582862f
+# %% ../nbs/90_cli.ipynb #022066f3
 RECIPES = {"thaw_slump": "geolab.recipes.thaw_slump"}
 
 def recipe_module(
@@ -29,7 +29,7 @@ def recipe_module(
     close = nearest(key, RECIPES)
     raise ConfigError(f"no recipe `{name}`" + (f"; did you mean {' or '.join(close)}?" if close else f"; there are: {', '.join(RECIPES)}"))
 
-# %% ../nbs/90_cli.ipynb #14921736
+# %% ../nbs/90_cli.ipynb #f79d1d29
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Find rare events in satellite images, and say how far the map can be trusted. Start with: geolab run thaw_slump")
 
@@ -45,7 +45,7 @@ Settings = Annotated[list[str], typer.Option("--set", help="key=value for any co
 Seed = Annotated[int, typer.Option(help="Random seed; same as --set random_seed=N.")]
 Force = Annotated[bool, typer.Option("--force", help="Make everything anew, training too.")]
 
-# %% ../nbs/90_cli.ipynb #d2be33db
+# %% ../nbs/90_cli.ipynb #f22dc048
 def _start(recipe, until, images, labels, aoi, out, profile, config, settings, seed, force):
     module = recipe_module(recipe)
     module.run(config, images=images or None, labels=labels, aoi=aoi, out=out or Path("runs")/recipe.replace("-", "_"), profile=profile,
@@ -63,7 +63,7 @@ def train(recipe: RecipeName, images: Images = None, labels: Labels = None, aoi:
     "Audit, split and train; stop there."
     _start(recipe, "train", images, labels, aoi, out, profile, config, settings, seed, force)
 
-# %% ../nbs/90_cli.ipynb #b9f4cb48
+# %% ../nbs/90_cli.ipynb #4bb708bd
 def _resume(folder, until, settings=None):
     from geolab.training.runs import run_recipe
     recipe_module(run_recipe(folder)).resume(folder, until=until, settings=settings or ())
@@ -83,7 +83,7 @@ def report(folder: RunFolder, settings: Settings = None):
     "Finish a run and write its report."
     _resume(folder, "report", settings)
 
-# %% ../nbs/90_cli.ipynb #72b88cff
+# %% ../nbs/90_cli.ipynb #e50f9f33
 @app.command()
 def predict(folder: RunFolder,
             source: Annotated[Path, typer.Argument(help="Image to map: same bands, scale and resolution as in training.")],
@@ -102,7 +102,7 @@ def predict(folder: RunFolder,
         found = polygonise(target, finished.threshold.probability)
         for path in write_polygons(found, target.parent, target.stem): print(path)
 
-# %% ../nbs/90_cli.ipynb #4d5645dd
+# %% ../nbs/90_cli.ipynb #5b7e4b4e
 @app.command()
 def recipes():
     "List the recipes, with every configuration key of each and its default."
@@ -113,7 +113,7 @@ def recipes():
             print(f"\n  --profile {profile}")
             print("".join(f"    {line}\n" for line in text.strip().splitlines()), end="")
 
-# %% ../nbs/90_cli.ipynb #9df56b8f
+# %% ../nbs/90_cli.ipynb #a2231a6d
 def main(
     arguments: list[str]|None = None, # Command line; `None` takes the real one
 ) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'fingerprint', 'check_space', 'open_folder',
            'batch_size_of', 'calibration_part', 'best_f', 'display', 'three_of']
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #d02b92ca
+# %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
 import copy, errno, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..evaluation.scores import ScoreHistogram
 from ..evaluation.thresholds import Threshold
 from ..training.runs import StageLog
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #00b94d70
+# %% ../../nbs/recipes/70_pipeline.ipynb #7401eb87
 @dataclass(frozen=True)
 class Stage:
     "One step of a recipe."
@@ -38,7 +38,7 @@ class Stage:
     keys: tuple[str, ...] = ()         # Top-level configuration keys that change its result
     costly: bool = False               # Never made anew without `force`
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #2314ccde
+# %% ../../nbs/recipes/70_pipeline.ipynb #4ae14ace
 def stage_keys(
     stages: Iterable[Stage], # In the order in which they run
     config: dict, # Plain values of the whole configuration
@@ -52,7 +52,7 @@ def stage_keys(
         keys[stage.name] = content_hash([stage.name, {k: config.get(k) for k in stage.keys}, [keys[n] for n in stage.needs], inputs])
     return keys
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #21afe300
+# %% ../../nbs/recipes/70_pipeline.ipynb #f3dd23db
 @contextmanager
 def alone_in(
     folder: Path|str, # The run folder; made if it is missing
@@ -67,7 +67,7 @@ def alone_in(
         except OSError: raise RunError(f"another geolab is at work in {folder}; wait for it, or give another --out") from None
         yield
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #a29778b6
+# %% ../../nbs/recipes/70_pipeline.ipynb #df9256ac
 def run_stages(
     stages: list[Stage], # In order
     work: Any, # The recipe's own object; handed to every stage
@@ -109,7 +109,7 @@ def _no_space(error, folder):
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return RunError(f"no space left for {folder} ({error.strerror}); free some and run the same command again: it continues")
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #0cd3f11e
+# %% ../../nbs/recipes/70_pipeline.ipynb #762f9c12
 def merge_config(
     profiles: dict[str, str], # Name of each profile to its YAML text
     profile: str, # Which one to start from
@@ -124,14 +124,14 @@ def merge_config(
 def _over(base, new):
     return base | {k: _over(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in new.items()}
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #12fc2cd8
+# %% ../../nbs/recipes/70_pipeline.ipynb #c8ef39e7
 def fingerprint(
     paths: Iterable[Path|str], # Files
 ) -> list: # Plain values for `inputs`
     "Name, size and modification time of each file."
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in map(lambda x: Path(x).resolve(), paths)]
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #11bee704
+# %% ../../nbs/recipes/70_pipeline.ipynb #503d5d46
 def check_space(
     folder: Path|str, # Where the run will be written; it need not exist
     needed: int, # Bytes
@@ -143,7 +143,7 @@ def check_space(
     if free < needed:
         raise RunError(f"no space left for {folder}: needs about {needed/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some or choose another --out")
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #ce8e9d69
+# %% ../../nbs/recipes/70_pipeline.ipynb #8c1bb942
 def open_folder(
     folder: Path|str, # An existing run folder, or one to be
     recipe: str, # Name of the recipe that wants it
@@ -156,7 +156,7 @@ def open_folder(
     if stored.get("recipe") != recipe: raise RunError(f"{folder} holds a run of the recipe {stored.get('recipe')}; give another --out")
     return stored
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #14e40ec0
+# %% ../../nbs/recipes/70_pipeline.ipynb #37f5be59
 def batch_size_of(
     wanted: int|Literal["max_that_fits"], # As configured
     network: nn.Module, # Tried on the GPU
@@ -185,7 +185,7 @@ def calibration_part(
     "The part that calibrator and thresholds come from."
     return "val" if split.certificate["cal_is_val"] else "cal"
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #5cdbef3f
+# %% ../../nbs/recipes/70_pipeline.ipynb #aada2d2f
 def best_f(
     hist: ScoreHistogram, # Counted logits
     target_precision: float, # That nothing reached
@@ -202,7 +202,7 @@ def best_f(
         reason=f"no threshold reaches precision {target_precision:g}; this one has the largest F{beta:g}", precision=float(curve.precision[k]), recall=float(curve.recall[k]),
         best_precision=float(curve.precision.max()), calibrator=calibrator.hash if calibrator else None)
 
-# %% ../../nbs/recipes/70_pipeline.ipynb #25d8a814
+# %% ../../nbs/recipes/70_pipeline.ipynb #4dde9d55
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold

@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'NAME', 'ABOUT', 'OBSERVED', 'TRAIN_KEYS', 'LabelsConfig', 'SplitConfig', 'WorldConfig', 'ThawSlumpConfig',
            'validation_metrics', 'Work', 'chosen_bands', 'stages', 'run', 'resume']
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0a1f0954
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #ff18762a
 import warnings
 from functools import cached_property, partial, reduce
 from operator import add
@@ -29,7 +29,7 @@ from ..data.raster import find_images, fit_band_scale, has_valid_pixel, open_sce
 from ..data.sampling import RatioSampler, passes, prior_of, reachable
 from ..data.splits import audit_labels, make_split
 from ..data.tiles import TileDataset
-from ..evaluation.calibration import ece, fit_temperature
+from ..evaluation.calibration import Calibrator, ece, fit_temperature
 from ..evaluation.metrics import average_precision, metrics_at, summary, trivial_baselines
 from ..evaluation.objects import match_objects
 from ..evaluation.scores import ScoreHistogram, save_scores
@@ -46,7 +46,7 @@ from ..training.fit import FitConfig, fit, score_dataset
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #4a3499fe
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #c8a29a9a
 class LabelsConfig(Config):
     "Which polygons count."
     column: str|None = None                 # Attribute that holds the class; `None` takes every polygon
@@ -72,7 +72,7 @@ class WorldConfig(Config):
     scenes: int = Field(4, ge=1)
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #db8d054f
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #bcb0a222
 class ThawSlumpConfig(Config):
     "Everything that changes what a run does."
     # the guide's keys
@@ -128,7 +128,7 @@ class ThawSlumpConfig(Config):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
         return self
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #c0f56cf6
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #3a8c11bc
 PROFILES = dict(
     quick="""
 architecture: unet
@@ -170,7 +170,7 @@ random_seed: 42
 """)
 NAME, ABOUT = "thaw_slump", "retrogressive thaw slumps, or any rare class drawn as polygons on images"
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b82e61b8
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #76e3ae89
 def validation_metrics(
     hist: ScoreHistogram, # Counted logits of the validation tiles
     config: ThawSlumpConfig, # Names the ratios
@@ -186,7 +186,7 @@ def _validation_metrics(hist, config):
                   val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #be0f1de5
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #6d2fab21
 OBSERVED = "observed"  # key of the threshold at the part's own ratio
 
 class Work:
@@ -221,7 +221,7 @@ class Work:
     def so_far(self): return Run.load(self.folder, partial=True)
     def tiles(self, run, part, **kwargs): return TileDataset(self.scenes, run.split.tiles_of(part), run.scale, size=self.tile_size, **kwargs)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #0654b555
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #d571a033
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
     config: ThawSlumpConfig,
@@ -235,7 +235,7 @@ def chosen_bands(
     if n > len(bands): raise ConfigError(f"input_channels is {n}, the images have {len(bands)} ({', '.join(bands)}); set input_channels={len(bands)}, or null for all")
     return ("red", "green", "blue") if n == 3 and {"red", "green", "blue"} <= set(bands) else tuple(bands[:n])
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #205e4771
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #be2fcb72
 @patch
 def make_data(self: Work):
     "Write the made world, if there are no images."
@@ -260,7 +260,7 @@ def cut(self: Work):
     self.say(indent(str(split), "  "))
     return [split.save(self.folder/"split.json")]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #69fe7040
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #185858f2
 @patch
 def build(self: Work, channels: int):
     "The untrained network and its arguments."
@@ -295,7 +295,7 @@ def train(self: Work):
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
     return [*model, self.folder/"history.json"]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #41edff36
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #b92d8de2
 @patch
 def calibrate(self: Work):
     "Score the held-out parts and fit the calibrator."
@@ -303,12 +303,15 @@ def calibrate(self: Work):
     fitted_on = calibration_part(run.split)
     size = batch_size_of(c.batch_size, run.model, (len(run.scale.bands), *c.input_size), c.precision)
     scores = {part: score_dataset(run.model, self.tiles(run, part, own=True), batch_size=size) for part in dict.fromkeys(["val", fitted_on, "test"])}
-    calibrator = fit_temperature(scores[fitted_on], focal=(c.focal_alpha, c.focal_gamma) if c.loss == "focal" else None)
-    facts = dict(part=fitted_on, ece_before=ece(scores["test"]), ece_after=ece(scores["test"], calibrator), measured_on="test")
+    focal = (c.focal_alpha, c.focal_gamma) if c.loss == "focal" else None
+    try: calibrator, reason = fit_temperature(scores[fitted_on], focal=focal), None
+    except DataError as error: calibrator, reason = Calibrator(focal=focal), f"not calibrated: {error}"
+    if reason: self.say(f"  {reason}")
+    facts = dict(reason=reason, part=fitted_on, ece_before=ece(scores["test"]), ece_after=ece(scores["test"], calibrator), measured_on="test")
     self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #d2df575e
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #1e0b1521
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
@@ -326,7 +329,7 @@ def choose(self: Work):
         self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
     return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #5f087c57
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #88a0f60f
 @patch
 def map_path(self: Work, scene) -> Path:
     "Where the map of a scene lies."
@@ -348,7 +351,7 @@ def outline(self: Work):
     self.say(f"  {sum(len(p) for _, p in found)} polygons, {sum(p.area_m2.sum() for _, p in found)/1e4:.2f} ha")
     return [path for name, polygons in groups.items() for path in write_polygons(polygons, self.folder/"map", name)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #251bf856
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #05ea76fe
 @patch
 def on_the_map(self: Work, scene, row: int, col: int, height: int, width: int):
     "Sample, probability, and where both hold, in a window of a scene."
@@ -374,7 +377,7 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics)]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #f46e5252
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #f7f1ebc8
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
@@ -398,7 +401,7 @@ def report(self: Work):
     self.say(f"  {page}")
     return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #cab8cafe
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #db2c7ce9
 def stages(
     made: bool, # Does the recipe make its own data?
 ) -> list[Stage]: # In order
@@ -422,7 +425,7 @@ TRAIN_KEYS = ("architecture", "backbone", "input_channels", "input_size", "loss"
               "batch_size", "max_epochs", "early_stopping_patience", "early_stopping_metric", "train_pos_neg_ratio", "val_balanced_ratio", "val_realistic_ratios", "random_seed", "bands",
               "encoder_weights", "steps_per_epoch", "clip", "precision", "augment", "deterministic")
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #b8765193
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #bf5a840a
 @patch
 def check(self: Work):
     "Refuse what cannot work; writes nothing."
@@ -439,7 +442,7 @@ def check(self: Work):
     weights = 4*sum(p.numel() for p in network.parameters())
     check_space(self.folder, 5*weights + 12*pixels + (4*len(bands)*pixels if self.made else 0) + 20_000_000)
 
-# %% ../../nbs/recipes/74_thaw_slump.ipynb #93d20698
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #76663642
 def run(
     config: dict|str|Path|None = None, # Values over the profile: a dict or a YAML file
     *,
