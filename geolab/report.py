@@ -86,7 +86,7 @@ def _trust(thresholds, key, why):
     if not isinstance(at, dict): return f"is missing: {pick(thresholds, key)}."
     if at.get("logit") is None: return f"is missing: {pick(at, 'logit')}."
     if at.get("certified"): return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 7\u00a0%)."
-    return f"is not certified: {(why or at.get('reason') or 'it is a point estimate').rstrip('.')}."
+    return f"is not certified: {(why or at.get('reason') or 'it is a point estimate').removeprefix('not certified: ').rstrip('.')}."
 
 # %% ../nbs/69_report.ipynb #2b783a3e
 def verdict(
@@ -123,7 +123,7 @@ def part_result(run: RunFiles) -> list[Html]:
         "Images": _listed(data["images"]) if data.get("images") else "a made world, as no images were given",
         "Labels": Path(data["labels"]).name if data.get("labels") else "of the made world",
         "Network": f"{c['architecture']}, encoder {c.get('backbone')}" if "architecture" in c else pick(model, "architecture"),
-        "Bands": pick(model, "scale", "bands"), "Pixel side": side if isinstance(side, Missing) else f"{side:g} (units of the CRS)",
+        "Bands": pick(model, "scale", "bands"), "Pixel side": side if isinstance(side, Missing) else f"{side:g} m",
         "Finished": finished[:16].replace("T", " ") + " UTC" if finished else pick(log, "finished"),
         "Computing time": (f"{seconds/60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s") if done else pick(log, "seconds")})]
 
@@ -324,7 +324,7 @@ def part_use(run: RunFiles) -> list[Html]:
     python = ("from geolab.training.runs import Run\nfrom geolab.inference.windows import predict_raster\n"
               f'predict_raster(Run.load("{name}"), "image.tif", "map.tif")')
     needs = (f"An image needs the bands {', '.join(scale['bands'])}, of type {scale.get('dtype')}, with pixels within 10\u00a0% of {scale.get('resolution')} "
-             "units of the CRS; anything else is refused.") if scale.get("bands") else None
+             "metres; anything else is refused.") if scale.get("bands") else None
     return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", python), tabindex=0), tag("p", "In a shell:"),
             tag("pre", tag("code", f"geolab predict {name} image.tif map.tif --polygons"), tabindex=0), tag("p", needs) if needs else None]
 
