@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic', 'background_share', 'GateCheck', 'check_gate',
-           'certified_position', 'certify_threshold', 'choose_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
-           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
+           'certified_position', 'certify_threshold', 'certify_best', 'choose_threshold', 'Plan', 'plan_calibration',
+           'PrevalenceCurve', 'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
 
 # %% ../../nbs/evaluation/44_thresholds.ipynb #a8b65368
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Sequence
 
 import numpy as np
@@ -67,6 +68,10 @@ class BlockSums(NamedTuple):
     pos: Float[np.ndarray, " block"] # Positives, or tiles that hold some
     n1: Float[np.ndarray, " block"] # Negatives in tiles with positives; 0 where the ratio counts tiles
     n0: Float[np.ndarray, " block"] # Negatives in empty tiles, or empty tiles
+
+    def as_they_are(self) -> "BlockSums":
+        "The same blocks with nothing re-weighted: the statistic then speaks about their own prevalence, whatever `r` says."
+        return self._replace(fp1=self.fp1 + self.fp0, fp0=0*self.fp0, n1=0*self.n1, n0=np.ones(len(self.n0)))
 
     def margin(self,
         r: float, # Negatives per positive
@@ -219,7 +224,7 @@ def _tails(blocks, sums, found, k):
 def certify_threshold(
     hist: ScoreHistogram, # Calibration blocks: used for nothing else, not for training, early stopping or calibration
     target_precision: float, # Between 0 and 1
-    prevalence: float|str|Ratio|tuple[float, float], # Where the map is drawn: a share, a ratio such as `"1:500"`, or (low, high)
+    prevalence: float|str|Ratio|tuple[float, float]|None, # Where the map is drawn: a share, a ratio such as `"1:500"`, or (low, high); `None`: as in these blocks
     confidence: float = .95, # One-sided
     *,
     val: ScoreHistogram|Sequence[float], # Other blocks, which fix the order of thresholds; or the thresholds themselves
@@ -227,20 +232,22 @@ def certify_threshold(
     gate: bool = True, # Prediction will mark the blocks that `check_gate` finds; `False` is stricter
     prevalence_error: float = 0., # Chance that the low end of the prevalence is too high, if it was estimated
     deployment_blocks: int|None = None, # Speak about one map of so many blocks; `None` about the expectation
+    block_size_px: int|None = None, # Side of the blocks, in pixels; kept in the gate, for the prediction
     calibrator: Calibrator|None = None, # Gives the threshold its probability
 ) -> Threshold: # `logit` is `None` and `reason` says why if nothing can be certified
     "The most lenient threshold that the evidence carries, tried from the strict end."
     for name, x in dict(target_precision=target_precision, confidence=confidence, level_left=confidence + prevalence_error).items():
         if not 0 < x < 1: raise DataError(f"`{name}` must lie between 0 and 1, got {x}")
-    low, high = _interval(prevalence)
+    if prevalence is None and prevalence_error: raise DataError("`prevalence_error` belongs to a stated prevalence; leave it 0 where the blocks' own is meant")
     hist = hist.select([b for b, n in zip(hist.blocks, hist.counts.sum((1, 2))) if n] or hist.blocks)
-    ratio, blocks = Ratio(low, 1 - low), len(hist.blocks)
+    low, high = _interval(prevalence) if prevalence is not None else [float(hist.counts[:, 0].sum()/max(hist.counts.sum(), 1))]*2
+    ratio, blocks = None if prevalence is None else Ratio(low, 1 - low), len(hist.blocks)
     grid = _grid(hist, val)
     mark = _gate(hist, hist.edges[grid[-1]])
     guarded = gate and not mark["weak"]
     worst, need = (1, 60) if guarded else (2, 100)
     stated = dict(target_precision=target_precision, prevalence=low if low == high else [low, high], unit=unit, confidence=confidence,
-                  blocks=blocks, gate=mark if gate else None)
+                  blocks=blocks, gate=mark | dict(block_size_px=block_size_px) if gate else None)
     def refused(reason, **kwargs): return Threshold(None, None, reason=reason, **stated, **kwargs)
     shared = set(hist.blocks) & set(getattr(val, "blocks", ()))
     if shared: return refused(f"{len(shared)} calibration blocks served validation as well, {min(shared)} for one; certify on blocks that chose nothing")
@@ -248,10 +255,13 @@ def certify_threshold(
         return refused(f"too few blocks: {blocks}, and {need} are needed with{' the' if guarded else ' a weak' if gate else 'out the'} gate")
     if (weight := stratum_weight(hist, ratio, unit)).value is None: return refused(weight.reason)
     sums, recall = _sums(hist, grid, unit)
-    options = dict(confidence=confidence + prevalence_error, worst=worst, deployment_blocks=deployment_blocks)
-    k, found = certified_position(sums, recall, 1/low - 1, target_precision, **options)
-    best = max((p for p in np.arange(1, 100)/100 if certified_position(sums, recall, 1/low - 1, p, **options)[0] is not None), default=None)
-    best = None if best is None else float(best)
+    if prevalence is None: sums = sums.as_they_are()
+    certify = partial(certified_position, sums, recall, 1/low - 1 if low else 0., confidence=confidence + prevalence_error, worst=worst, deployment_blocks=deployment_blocks)
+    k, found = certify(target_precision)
+    best = None
+    for p in np.arange(1, 100)/100:  # a fixed sequence again, so the last pass holds at the same level
+        if certify(p)[0] is None: break
+        best = float(p)
     if found["reason"]: return refused(found["reason"])
     if k is None:
         nearest = int(found["allowed"][found["h"].argmin()])
@@ -262,21 +272,31 @@ def certify_threshold(
     return Threshold(logit, probability, certified=True, precision=at["precision"], recall=at["recall"], best_precision=best, calibrator=of,
         diagnostics=_tails(hist.blocks, sums, found, k), **stated)
 
+# %% ../../nbs/evaluation/44_thresholds.ipynb #9fbb0502
+def certify_best(
+    hist: ScoreHistogram, # Calibration blocks, as in `certify_threshold`
+    prevalence: float|str|Ratio|tuple[float, float]|None, # Where the map is drawn; `None`: as in these blocks
+    confidence: float = .95, # One-sided
+    **options: Any, # `val` and the other options of `certify_threshold`
+) -> Threshold: # Its `target_precision` is what can be promised; not certified, with a reason, if nothing can
+    "The highest precision that the evidence carries, and its threshold."
+    probe = certify_threshold(hist, .99, prevalence, confidence, **options)
+    return probe if probe.certified or probe.best_precision is None else certify_threshold(hist, probe.best_precision, prevalence, confidence, **options)
+
 # %% ../../nbs/evaluation/44_thresholds.ipynb #a827ae23
 def choose_threshold(
     hist: ScoreHistogram, # Calibration blocks
     target_precision: float, # Between 0 and 1
-    ratio: Ratio|str|None, # Positives to negatives where the map is drawn; `None` keeps the set's own, and certifies nothing
+    ratio: Ratio|str|None, # Positives to negatives where the map is drawn; `None`: as in these blocks
     unit: Literal["tile", "pixel"] = "tile", # What the ratio counts
     calibrator: Calibrator|None = None, # Gives the threshold its probability
     *,
     val: ScoreHistogram|Sequence[float], # Other blocks, which fix the order of thresholds; or the thresholds themselves
     confidence: float = .95, # Of the certificate
-    **options: Any, # `gate`, `prevalence_error`, `deployment_blocks` of `certify_threshold`
+    **options: Any, # `gate`, `prevalence_error`, `deployment_blocks`, `block_size_px` of `certify_threshold`
 ) -> Threshold: # `reason` says why it is not certified, or why there is none
     "The certified threshold, else the estimated one."
     guess = threshold_for_precision(hist, target_precision, ratio, unit, calibrator)
-    if ratio is None: return guess if guess.logit is None else replace(guess, reason="not certified: no prevalence was stated")
     sure = certify_threshold(hist, target_precision, ratio, confidence, val=val, unit=unit, calibrator=calibrator, **options)
     if sure.certified: return sure
     reason = guess.reason if guess.logit is None else f"not certified: {sure.reason}"
