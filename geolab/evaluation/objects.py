@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['label_objects', 'Overlaps', 'overlap_pairs', 'assign_pairs', 'ObjectMatch', 'ObjectMatcher', 'match_objects',
-           'size_table', 'object_curve', 'plot_sizes', 'rank_for_labelling']
+           'size_table', 'object_curve', 'object_pr', 'plot_sizes', 'rank_for_labelling']
 
 # %% ../../nbs/evaluation/42_objects.ipynb #e2f5f44c
+import json, zipfile
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Sequence
+from pathlib import Path
+from typing import Iterable, Literal, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,8 +20,8 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 
-from ..core import DataError, check_shape
-from .metrics import f_beta
+from ..core import DataError, atomic_file, check_shape
+from .metrics import PRCurve, f_beta
 
 # %% ../../nbs/evaluation/42_objects.ipynb #00d728ef
 def _mask(x, name):
@@ -138,6 +140,19 @@ class ObjectMatch:
         shift = lambda table, by: table.assign(partner=table.partner.where(table.partner < 0, table.partner + by))
         return ObjectMatch(*(pd.concat([x, shift(y, len(z))], ignore_index=True) for x, y, z in [
             (self.predicted, other.predicted, self.truth), (self.truth, other.truth, self.predicted)]), self.rule)
+    def save(self, path: Path|str) -> Path: # An npz file
+        "Write both tables."
+        tables = {f"{side}_{name}": table[name].to_numpy() for side, table in dict(predicted=self.predicted, truth=self.truth).items() for name in table}
+        with atomic_file(path) as aside: np.savez_compressed(aside, **tables, rule=json.dumps(self.rule))
+        return Path(path)
+    @classmethod
+    def load(cls, path: Path|str) -> "ObjectMatch":
+        "Read what `save` wrote."
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                def table(side): return pd.DataFrame({name.removeprefix(side + "_"): kept[name] for name in kept.files if name.startswith(side + "_")})
+                return cls(table("predicted"), table("truth"), json.loads(str(kept["rule"])))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error: raise DataError(f"{path} does not hold matched objects: {error}") from error
 
 # %% ../../nbs/evaluation/42_objects.ipynb #92e2efcd
 class ObjectMatcher:
@@ -282,6 +297,20 @@ def object_curve(
         rows.append({"logit": float(logit), "precision": p, "recall": r, "f0.5": score, "tp": match.tp, "fp": match.fp, "fn": match.fn})
     return pd.DataFrame(rows).astype({name: float for name in ("precision", "recall", "f0.5")})
 
+# %% ../../nbs/evaluation/42_objects.ipynb #67691f8b
+def object_pr(
+    match: ObjectMatch, # Matched with `logits`
+    weight: float = 1., # Of a false object that lies in empty tiles alone: `stratum_weight(...).value`
+) -> PRCurve: # For `plot_pr`; thresholds are object scores
+    "Precision and recall of the objects at or above each score."
+    if not len(match.truth): return PRCurve(np.zeros(0), None, np.zeros(0), None, None, "no labelled objects")
+    objects = match.predicted.sort_values("score", ascending=False, kind="stable")
+    if not np.isfinite(objects.score).all(): raise DataError("objects have no score; give `logits` to `match_objects`")
+    true = objects.partner.to_numpy() >= 0
+    found, false = np.cumsum(true), np.cumsum(np.where(true, 0, np.where(objects.far, weight, 1)))
+    last = np.flatnonzero(np.append(np.diff(objects.score), -1))[::-1] if len(objects) else np.zeros(0, int)  # objects of one score come together
+    return PRCurve(objects.score.to_numpy()[last], found[last]/(found + false)[last], found[last]/len(match.truth), weight, None)
+
 # %% ../../nbs/evaluation/42_objects.ipynb #91a4df10
 def plot_sizes(
     match: ObjectMatch, # Matched objects
@@ -305,21 +334,21 @@ def plot_sizes(
 
 # %% ../../nbs/evaluation/42_objects.ipynb #fed14a25
 def rank_for_labelling(
-    probability: Sequence[Float[np.ndarray, "h w"]]|Float[np.ndarray, "n ..."], # Calibrated probabilities of each tile; NaN where not valid
+    probability: Iterable[Float[np.ndarray, "h w"]]|Float[np.ndarray, "n ..."], # Calibrated probabilities of each tile, one tile at a time if it is a generator; NaN where not valid
     block: Sequence[str], # Block of each tile
     k: int = 10, # How many tiles at most
     *,
     per_block: int = 1, # How many of one block at most
 ) -> Int[np.ndarray, " k"]: # Positions of the tiles, most uncertain first
     "Tiles to label next."
-    if len(probability) != len(block): raise DataError(f"`block` must name each of the {len(probability)} tiles, got {len(block)}")
-    doubt = np.zeros(len(block))
+    doubt = []
     for i, p in enumerate(probability):
         p = np.asarray(p, float)
         if ((p < 0) | (p > 1)).any():
             raise DataError(f"probabilities must lie in [0, 1], got {np.nanmin(p):g} to {np.nanmax(p):g} in tile {i}; calibrate them, logits will not do")
-        doubt[i] = np.nansum(4*p*(1 - p))
+        doubt.append(np.nansum(4*p*(1 - p)))
+    if len(doubt) != len(block): raise DataError(f"`block` must name each of the {len(doubt)} tiles, got {len(block)}")
     chosen, taken = [], {}
-    for i in np.argsort(-doubt, kind="stable"):
+    for i in np.argsort(-np.array(doubt), kind="stable"):
         if len(chosen) < k and taken.get(block[i], 0) < per_block and doubt[i] > 0: taken[block[i]] = taken.get(block[i], 0) + 1; chosen.append(i)
     return np.array(chosen, int)
