@@ -6,7 +6,7 @@
 __all__ = ['check_steps', 'TemporalSelfAttention', 'AttentionPooling', 'plot_attention', 'SpatialAttentionModule',
            'plot_spatial_attention', 'CrossModalAttention', 'DeletionCurves', 'deletion_test', 'plot_deletion']
 
-# %% ../../nbs/nn/31_attention.ipynb #5c99a06e
+# %% ../../nbs/nn/31_attention.ipynb #2836dd23
 import math
 from dataclasses import dataclass
 from typing import Any, Callable, Literal, Sequence
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_shape
 
-# %% ../../nbs/nn/31_attention.ipynb #244c807b
+# %% ../../nbs/nn/31_attention.ipynb #7363a291
+def _whole(value, name):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ConfigError(f"`{name}` must be a whole number above 0, got {value!r}")
+    return value
+
+def _like_weights(x, module, name):
+    "Refuse values of another precision than the module's own, unless autocast converts them."
+    own = next(module.parameters()).dtype
+    if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+        raise DataError(f"`{name}` is {x.dtype}, the weights of {type(module).__name__} are {own}; convert one with `.to({own})`")
+
 def _as_valid(sequence, lengths, valid):
     "Lengths or a mask as a checked mask (b, t)."
     b, t = sequence.shape[:2]
@@ -29,7 +39,8 @@ def _as_valid(sequence, lengths, valid):
         check_shape(valid, "b t", "valid", b=b, t=t)
         return valid
     if valid is not None: raise DataError("give `lengths` or `valid`, not both; they say the same thing")
-    lengths = torch.as_tensor(lengths, device=sequence.device)
+    try: lengths = torch.as_tensor(lengths, device=sequence.device)
+    except (RuntimeError, TypeError, ValueError): raise DataError(f"`lengths` must be whole numbers of steps, got {lengths!r}") from None
     if lengths.is_floating_point() or lengths.dtype == torch.bool: raise DataError(f"`lengths` must be whole numbers of steps, got {lengths.dtype}")
     check_shape(lengths, "b", "lengths", b=b)
     wrong = ((lengths < 1) | (lengths > t)).nonzero()
@@ -44,7 +55,7 @@ def _explain(x, valid):
     raise DataError(f"`sequence` holds {x[item, step, channel].item()} at item {item}, step {step}, channel {channel}; fill the gap or mark the step as not valid "
         "(inside a network whose input is finite: the weights have diverged)")
 
-# %% ../../nbs/nn/31_attention.ipynb #9f9ef6d6
+# %% ../../nbs/nn/31_attention.ipynb #41f987c5
 def check_steps(
     sequence: Float[Tensor, "b t c"], # Padding may hold any value
     lengths: Int[Tensor, " b"]|Sequence[int]|None = None, # Steps of each series, 1 to t; the padding follows them
@@ -64,7 +75,7 @@ def check_steps(
     if not (valid.any(1).all() & sequence.isfinite().all()): _explain(sequence, valid)
     return sequence, valid
 
-# %% ../../nbs/nn/31_attention.ipynb #6959c304
+# %% ../../nbs/nn/31_attention.ipynb #4957a184
 def _softmax(scores, keep):
     "Softmax over the places to `keep`, in float32 (float64 stays); the others get 0."
     return (scores if scores.dtype == torch.float64 else scores.float()).masked_fill(~keep, -torch.inf).softmax(-1)
@@ -73,11 +84,11 @@ def _in_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # (b, heads, t, channels/heads)
 
 def _divided(channels, heads):
-    if not (isinstance(heads, int) and heads > 0 and channels % heads == 0):
+    if _whole(channels, "channels") % _whole(heads, "heads"):
         raise ConfigError(f"`heads` must divide the {channels} channels, got {heads!r}; for example {[n for n in (1, 2, 4, 8) if channels % n == 0]}")
     return heads
 
-# %% ../../nbs/nn/31_attention.ipynb #5bcafc88
+# %% ../../nbs/nn/31_attention.ipynb #cfeae728
 class TemporalSelfAttention(nn.Module):
     "Multi-head self-attention over the steps of a series; padding is left out."
     def __init__(self,
@@ -86,7 +97,7 @@ class TemporalSelfAttention(nn.Module):
         dropout: float = 0., # Share of the weights that training leaves out at random, 0 to below 1
     ):
         super().__init__()
-        if not 0 <= dropout < 1: raise ConfigError(f"`dropout` must be a share from 0 to below 1, got {dropout}")
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1): raise ConfigError(f"`dropout` must be a share from 0 to below 1, got {dropout!r}")
         self.channels, self.heads, self.dropout = channels, _divided(channels, heads), dropout
         self.qkv, self.out = nn.Linear(channels, 3*channels), nn.Linear(channels, channels)
         nn.init.xavier_uniform_(self.qkv.weight)  # as nn.MultiheadAttention
@@ -102,6 +113,7 @@ class TemporalSelfAttention(nn.Module):
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t t"]|None]: # New series; weights[b, i, j]: how much step i looks at step j
         "The series after attention, and where each step looked."
         x, valid = check_steps(sequence, lengths, valid, channels=self.channels)
+        _like_weights(x, self, "sequence")
         q, k, v = (_in_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
         keys, asking, p = valid[:, None, None], valid[:, None, :, None], self.dropout if self.training else 0.
         if need_weights:
@@ -111,7 +123,7 @@ class TemporalSelfAttention(nn.Module):
         else: mixed, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=p), None
         return self.out(mixed.transpose(1, 2).flatten(2)).masked_fill(~valid[..., None], 0), weights
 
-# %% ../../nbs/nn/31_attention.ipynb #9f9f152f
+# %% ../../nbs/nn/31_attention.ipynb #4b045f64
 class AttentionPooling(nn.Module):
     "Weighted mean over the steps of a series, with weights that it computes from the steps."
     def __init__(self,
@@ -119,9 +131,7 @@ class AttentionPooling(nn.Module):
         hidden: int|None = None, # Units that score a step; `None` as many as channels
     ):
         super().__init__()
-        hidden = channels if hidden is None else hidden
-        if not (isinstance(hidden, int) and hidden > 0): raise ConfigError(f"`hidden` must be a whole number above 0, got {hidden!r}")
-        self.channels = channels
+        self.channels, hidden = _whole(channels, "channels"), _whole(channels if hidden is None else hidden, "hidden")
         self.score = nn.Sequential(nn.Linear(channels, hidden), nn.Tanh(), nn.Linear(hidden, 1, bias=False))
 
     def forward(self,
@@ -131,20 +141,22 @@ class AttentionPooling(nn.Module):
     ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b t"]]: # Weighted mean; weights, which sum to 1 and are 0 on padding
         "One vector for each series, and how much each step had in it."
         x, valid = check_steps(sequence, lengths, valid, channels=self.channels)
+        _like_weights(x, self, "sequence")
         weights = _softmax(self.score(x)[..., 0], valid)
         return (weights.to(x.dtype)[:, None]@x)[:, 0], weights
 
-# %% ../../nbs/nn/31_attention.ipynb #c1d0a85d
+# %% ../../nbs/nn/31_attention.ipynb #ed9d1223
 def _edges(at):
     "Borders of the cells around increasing positions, which may be dates."
     half = np.diff(at)/2 if len(at) > 1 else np.array([12*3600 if at.dtype.kind == "M" else .5]).astype("m8[s]" if at.dtype.kind == "M" else float)
-    if (half <= np.zeros_like(half)).any(): raise DataError("`at` must increase from step to step; sort the series by time")
+    if not (half > np.zeros_like(half)).all(): raise DataError("`at` must increase from step to step, without gaps (NaN); sort the series by time")
     return np.concatenate([[at[0] - half[0]], at[:-1] + half[:len(at) - 1], [at[-1] + half[-1]]])
 
 def _positions(at, steps):
     at = np.arange(steps) if at is None else np.asarray(at)
     if at.shape != (steps,): raise DataError(f"`at` must give one position for each of the {steps} steps, got {at.shape}")
-    return at.astype("M8[s]") if at.dtype.kind == "M" else at.astype(float)
+    try: return at.astype("M8[s]" if at.dtype.kind in "MUO" else float)
+    except (TypeError, ValueError): raise DataError(f"`at` must hold numbers or dates such as 2023-07-20, got {at[0]!r}") from None
 
 def _array(x, name, ndims):
     x = x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x, float)
@@ -152,12 +164,27 @@ def _array(x, name, ndims):
     if not np.isfinite(x).all(): raise DataError(f"`{name}` holds NaN or infinite values")
     return x
 
-# %% ../../nbs/nn/31_attention.ipynb #f0d20633
+def _as_dates(ax, naxes):
+    "Short dates on the axes of time."
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    for axis in (ax.xaxis, ax.yaxis)[:naxes]:
+        axis.set_major_locator(AutoDateLocator(maxticks=6))
+        axis.set_major_formatter(ConciseDateFormatter(axis.get_major_locator()))
+
+def _behind(ax, at, series, value):
+    "The series itself, on an axis of its own."
+    series = _array(series, "series", (1,))
+    if len(series) != len(at): raise DataError(f"`series` must have the {len(at)} steps of `weights`, got {len(series)}")
+    other = ax.twinx()
+    other.plot(at, series, color="#0072B2", lw=1.2)
+    other.set_ylabel(value, color="#0072B2")
+
+# %% ../../nbs/nn/31_attention.ipynb #b255c09d
 def plot_attention(
     weights: Float[Tensor, "t t"]|Float[Tensor, " t"], # Of one series: who looks (rows) at whom (columns), or one weight per step
     ax=None, # Axes to draw on; `None` makes them
     *,
-    at: Any = None, # Position of each step, increasing: numbers, or dates as datetime64; `None` counts steps
+    at: Any = None, # Position of each step, increasing: numbers or dates; `None` counts steps
     series: Float[np.ndarray, " t"]|None = None, # Values to draw behind single weights
     event: Any = None, # Position to mark
     unit: str = "step", # Of `at`, for the axis
@@ -181,23 +208,10 @@ def plot_attention(
         if series is not None: _behind(ax, at, series, value)
     ax.set(xlabel=f"is looked at ({unit})" if w.ndim == 2 else unit)
     if at.dtype.kind == "M": _as_dates(ax, w.ndim)
-    if event is not None: ax.axvline(event, color="#D55E00", ls="--", lw=1.5)
+    if event is not None: ax.axvline(np.asarray(event, at.dtype).item(), color="#D55E00", ls="--", lw=1.5)
     return ax
 
-def _as_dates(ax, naxes):
-    "Short dates on the axes of time."
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-    for axis in (ax.xaxis, ax.yaxis)[:naxes]:
-        axis.set_major_locator(AutoDateLocator(maxticks=6))
-        axis.set_major_formatter(ConciseDateFormatter(axis.get_major_locator()))
-
-def _behind(ax, at, series, value):
-    "The series itself, on an axis of its own."
-    other = ax.twinx()
-    other.plot(at, _array(series, "series", (1,)), color="#0072B2", lw=1.2)
-    other.set_ylabel(value, color="#0072B2")
-
-# %% ../../nbs/nn/31_attention.ipynb #d65a734b
+# %% ../../nbs/nn/31_attention.ipynb #2db54dc5
 def _check_map(x, name, channels):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DataError(f"`{name}` must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -205,7 +219,7 @@ def _check_map(x, name, channels):
     if not x.numel(): raise DataError(f"`{name}` is empty, {tuple(x.shape)}")
     return sizes["b"], sizes["h"], sizes["w"]
 
-# %% ../../nbs/nn/31_attention.ipynb #f4faaef3
+# %% ../../nbs/nn/31_attention.ipynb #fae8cfb2
 class SpatialAttentionModule(nn.Module):
     "Gates for the channels, then for the pixels, of a feature map."
     def __init__(self,
@@ -216,9 +230,8 @@ class SpatialAttentionModule(nn.Module):
         identity: bool = False, # Gates from 0 to 2 that start at exactly 1, instead of 0 to 1
     ):
         super().__init__()
-        if not (isinstance(kernel, int) and kernel % 2 == 1): raise ConfigError(f"`kernel` must be odd to keep height and width, got {kernel!r}")
-        if not (isinstance(reduction, int) and reduction > 0): raise ConfigError(f"`reduction` must be a whole number above 0, got {reduction!r}")
-        hidden = max(1, channels//reduction)
+        if _whole(kernel, "kernel") % 2 == 0: raise ConfigError(f"`kernel` must be odd to keep height and width, got {kernel}")
+        hidden = max(1, _whole(channels, "channels")//_whole(reduction, "reduction"))
         self.channels, self.top = channels, 2 if identity else 1
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel//2)
@@ -230,6 +243,7 @@ class SpatialAttentionModule(nn.Module):
     ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b h w"]]: # From 0 to 1, with `identity` from 0 to 2
         "Both gates, to look at."
         _check_map(features, "features", self.channels)
+        _like_weights(features, self, "features")
         channel = self.top*(self.mlp(features.mean((2, 3))) + self.mlp(features.amax((2, 3)))).sigmoid()
         x = features*channel[..., None, None]
         return channel, self.top*self.conv(torch.stack([x.mean(1), x.amax(1)], 1))[:, 0].sigmoid()
@@ -241,7 +255,7 @@ class SpatialAttentionModule(nn.Module):
         channel, spatial = self.gates(features)
         return features*channel[..., None, None]*spatial[:, None]
 
-# %% ../../nbs/nn/31_attention.ipynb #8a68f9d6
+# %% ../../nbs/nn/31_attention.ipynb #7b6b7019
 def plot_spatial_attention(
     gate: Float[Tensor, "h w"], # Spatial gate of one image, of any resolution
     image: Float[np.ndarray, "height width"]|Float[np.ndarray, "height width 3"], # What it belongs to; colours in [0, 1]
@@ -252,6 +266,7 @@ def plot_spatial_attention(
 ): # The axes
     "Lay attention over its image."
     gate, image = _array(gate, "gate", (2,)), _array(image, "image", (2, 3))
+    if image.shape[2:] not in ((), (3,)): raise DataError(f"`image` must be (height, width) or (height, width, 3), got {image.shape}; choose three bands, and put them last")
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(4, 2.5))[1]
@@ -262,7 +277,7 @@ def plot_spatial_attention(
     ax.set(xlabel="column (pixel)", ylabel="row (pixel)")
     return ax
 
-# %% ../../nbs/nn/31_attention.ipynb #2b26a1da
+# %% ../../nbs/nn/31_attention.ipynb #9cc15320
 _WAVELENGTHS = tuple(float(w) for w in np.geomspace(4, 512, 8))  # of the position code, in pixels
 
 def _place_code(h, w, high, wide, like):
@@ -288,7 +303,25 @@ def _map_valid(valid, other):
     check_shape(valid, *(("b", "valid") if valid.ndim == 1 else ("b h w", "valid")), **(dict(b=b) if valid.ndim == 1 else dict(b=b, h=h, w=w)))
     return valid.to(other.device).reshape(b, *valid.shape[1:] or (1, 1)).expand(b, h, w)
 
-# %% ../../nbs/nn/31_attention.ipynb #969d530f
+def _check_pair(net, features, other):
+    "Both maps, and the size (h, w) of the first."
+    b, h, w = _check_map(features, "features", net.channels)
+    _check_map(other, "other", net.other_channels)
+    for name, x in dict(features=features, other=other).items(): _like_weights(x, net, name)
+    if len(other) != b: raise DataError(f"`features` holds {b} samples and `other` {len(other)}; give one map of each sensor for every sample, and `valid` where one is missing")
+    return h, w
+
+def _tokens(net, features, cells, seen):
+    "Queries (b, heads, h*w, d), keys and values (b, heads, cells, d), and the keys that count (b, 1, 1, cells)."
+    h, w = features.shape[2:]
+    ask, answer = features.flatten(2).mT, cells.flatten(2).mT
+    q, k, v = net.query(ask), net.key(answer), net.value(answer)
+    if net.place is not None: q, k = (x + net.place(_place_code(*size, h, w, x)) for x, size in ((q, (h, w)), (k, seen.shape[1:])))
+    seen = seen.flatten(1)
+    keep = seen | ~seen.any(1, keepdim=True)  # nothing seen: look anywhere, the result is dropped
+    return *(_in_heads(x, net.heads) for x in (q, k, v)), keep[:, None, None]
+
+# %% ../../nbs/nn/31_attention.ipynb #d391be45
 class CrossModalAttention(nn.Module):
     "Pixels of one sensor look at the map of another, and add what they find; starts as the identity."
     def __init__(self,
@@ -300,8 +333,8 @@ class CrossModalAttention(nn.Module):
         place: bool = True, # Let queries and keys know where they lie
     ):
         super().__init__()
-        if pool is not None and not (isinstance(pool, int) and pool > 0): raise ConfigError(f"`pool` must be a whole number of cells above 0 or None, got {pool!r}")
-        self.channels, self.other_channels, self.heads, self.pool = channels, other_channels, _divided(channels, heads), pool
+        self.channels, self.other_channels, self.heads = channels, _whole(other_channels, "other_channels"), _divided(channels, heads)
+        self.pool = None if pool is None else _whole(pool, "pool")
         self.query = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
         self.key = nn.Sequential(nn.Linear(other_channels, channels), nn.LayerNorm(channels))
         self.value, self.out = nn.Linear(other_channels, channels), nn.Linear(channels, channels)
@@ -316,11 +349,9 @@ class CrossModalAttention(nn.Module):
         need_weights: bool = False, # Return the weights as well
     ) -> Float[Tensor, "b c h w"]|tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w i j"]]: # Same shape as `features`; weights over the cells i, j of the other map
         "The features, with what the other sensor adds."
-        b, h, w = _check_map(features, "features", self.channels)
-        _check_map(other, "other", self.other_channels)
-        if len(other) != b: raise DataError(f"`features` holds {b} samples and `other` {len(other)}; give one map of each sensor for every sample, and `valid` where one is missing")
+        h, w = _check_pair(self, features, other)
         cells, seen = _cells(other, _map_valid(valid, other), self.pool)
-        q, k, v, keep = self._tokens(features, cells, seen)
+        q, k, v, keep = _tokens(self, features, cells, seen)
         if need_weights:
             weights = _softmax(q/math.sqrt(q.shape[-1])@k.mT, keep)
             mixed = weights.to(v.dtype)@v
@@ -331,17 +362,7 @@ class CrossModalAttention(nn.Module):
         if not need_weights: return result
         return result, weights.mean(1).masked_fill(missing[:, None, None], 0).unflatten(2, tuple(seen.shape[1:])).unflatten(1, (h, w))
 
-    def _tokens(self, features, cells, seen):
-        "Queries (b, heads, h*w, d), keys and values (b, heads, cells, d), and the keys that count (b, 1, 1, cells)."
-        h, w = features.shape[2:]
-        ask, answer = features.flatten(2).mT, cells.flatten(2).mT
-        q, k, v = self.query(ask), self.key(answer), self.value(answer)
-        if self.place is not None: q, k = (x + self.place(_place_code(*size, h, w, x)) for x, size in ((q, (h, w)), (k, seen.shape[1:])))
-        seen = seen.flatten(1)
-        keep = seen | ~seen.any(1, keepdim=True)  # nothing seen: look anywhere, the result is dropped
-        return *(_in_heads(x, self.heads) for x in (q, k, v)), keep[:, None, None]
-
-# %% ../../nbs/nn/31_attention.ipynb #e8cde603
+# %% ../../nbs/nn/31_attention.ipynb #e2e0e467
 @dataclass(frozen=True)
 class DeletionCurves:
     "Changes of the logit as steps are taken out: after minus before, by series and share of steps."
@@ -360,15 +381,17 @@ class DeletionCurves:
         n = len(self.most)
         return self._ahead().std(0, ddof=1)/np.sqrt(n) if n > 1 else np.full(len(self.share), np.nan)
 
-# %% ../../nbs/nn/31_attention.ipynb #30df257a
+# %% ../../nbs/nn/31_attention.ipynb #191b1c3d
 def _read(predict, sequence, valid):
     "Logits (n,) and one weight per step (n, t), checked."
-    logits, weights = predict(sequence, valid)
-    n, t = valid.shape
+    answer, (n, t) = predict(sequence, valid), valid.shape
+    if not (isinstance(answer, tuple) and len(answer) == 2): raise DataError(f"`predict` must return logits and weights, got a {type(answer).__name__}")
+    logits, weights = (torch.as_tensor(x) for x in answer)
     if tuple(logits.shape) not in ((n,), (n, 1)): raise DataError(f"`predict` must return logits of shape ({n},) or ({n}, 1), got {tuple(logits.shape)}")
     if tuple(weights.shape) == (n, t, t): weights = weights.sum(1)/valid.sum(1, keepdim=True)  # mean over the steps that look
     if tuple(weights.shape) != (n, t): raise DataError(f"`predict` must return weights of shape ({n}, {t}) or ({n}, {t}, {t}), got {tuple(weights.shape)}; take the mean over heads")
-    if not (logits.isfinite().all() and weights.isfinite().all()): raise DataError("`predict` returned NaN or infinite logits or weights")
+    if not (logits.isfinite().all() and weights.isfinite().all() and (weights >= 0).all()):
+        raise DataError("`predict` returned logits or weights that are NaN or infinite, or weights below 0")
     return logits.reshape(n).double().cpu().numpy(), weights.double().cpu().numpy()
 
 def _altered(sequence, valid, out, how, rng):
@@ -382,11 +405,12 @@ def _altered(sequence, valid, out, how, rng):
     return torch.where(out[..., None], gather(sequence, gather(order, pick.long())), sequence), valid
 
 def _check_test(shares, how, draws):
+    shares = [shares] if isinstance(shares, (int, float)) else list(shares)
     if how not in ("delete", "mask", "shuffle"): raise ConfigError(f"`how` must be 'delete', 'mask' or 'shuffle', got {how!r}")
-    if not len(shares) or not all(0 < share < 1 for share in shares): raise ConfigError(f"`shares` must lie between 0 and 1, got {tuple(shares)}")
-    if not (isinstance(draws, int) and draws > 0): raise ConfigError(f"`draws` must be a whole number above 0, got {draws!r}")
+    if not shares or not all(0 < share < 1 for share in shares): raise ConfigError(f"`shares` must lie between 0 and 1, got {shares}")
+    return shares, _whole(draws, "draws")
 
-# %% ../../nbs/nn/31_attention.ipynb #2bfb7e29
+# %% ../../nbs/nn/31_attention.ipynb #aee7ed5d
 @torch.no_grad()
 def deletion_test(
     predict: Callable, # (sequence (n, t, c), valid (n, t)) to (logits (n,) or (n, 1), weights (n, t) or (n, t, t)), without dropout
@@ -394,15 +418,16 @@ def deletion_test(
     lengths: Int[Tensor, " n"]|Sequence[int]|None = None, # Steps of each series, at least 2
     valid: Bool[Tensor, "n t"]|None = None, # True where a step counts, instead of `lengths`
     *,
-    shares: Sequence[float] = (.05, .1, .2, .4), # Shares of the steps to take out, in (0, 1); at least one step goes and one stays
+    shares: float|Sequence[float] = (.05, .1, .2, .4), # Shares of the steps to take out, in (0, 1); at least one step goes and one stays
     how: Literal["delete", "mask", "shuffle"] = "delete", # `delete` closes the gap, `mask` leaves it as not valid, `shuffle` fills it with other steps of the series
     draws: int = 20, # Random deletions to compare with
     seed: int = 0, # For these, and for ties between weights
 ) -> DeletionCurves:
     "Does the answer depend on the steps that are attended?"
-    _check_test(shares, how, draws)
+    shares, draws = _check_test(shares, how, draws)
     sequence, valid = check_steps(sequence, lengths, valid)
     count, padding, rng = valid.sum(1).cpu().numpy(), ~valid.cpu().numpy(), np.random.default_rng(seed)
+    if how == "delete" and (~valid[:, :-1] & valid[:, 1:]).any(): raise DataError("a series has gaps of its own, which `how='delete'` would close as well; use how='mask'")
     if count.min() < 2: raise DataError(f"series {count.argmin()} has one step, nothing can be taken out of it; leave it out")
     logits, weights = _read(predict, sequence, valid)
     if not np.array_equal(logits, _read(predict, sequence, valid)[0]):
@@ -414,7 +439,7 @@ def deletion_test(
         return np.stack([_read(predict, *_altered(sequence, valid, torch.from_numpy(out).to(valid.device), how, rng))[0] - logits for out in gone], 1)
     return DeletionCurves(np.array(shares, float), change(weights), change(-weights), np.stack([change(rng.random(weights.shape)) for _ in range(draws)]))
 
-# %% ../../nbs/nn/31_attention.ipynb #13cf0a83
+# %% ../../nbs/nn/31_attention.ipynb #9b7fb438
 def plot_deletion(
     curves: DeletionCurves, # From `deletion_test`
     ax=None, # Axes to draw on; `None` makes them
