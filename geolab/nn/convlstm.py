@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvLSTMCell', 'ConvLSTM', 'memory_decay', 'GapAwareConvLSTM', 'load_convlstm']
 
-# %% ../../nbs/nn/32_convlstm.ipynb #123c1386
+# %% ../../nbs/nn/32_convlstm.ipynb #923fc185
 import math
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, DataError, RunError, check_shape
 from .attention import AttentionPooling
 
-# %% ../../nbs/nn/32_convlstm.ipynb #3dee5441
+# %% ../../nbs/nn/32_convlstm.ipynb #9331c68a
 def _exact(gates):
     "A cell sums over many dates, so it is float32 at least."
     return gates if gates.dtype == torch.float64 else gates.float()
@@ -58,7 +58,7 @@ class _Update(torch.autograd.Function):
         else: df.mul_(c).mul_(dc)
         return d.to(low), None if c is None else f*dc
 
-# %% ../../nbs/nn/32_convlstm.ipynb #c98861df
+# %% ../../nbs/nn/32_convlstm.ipynb #cd412473
 def _formula(gates, c):
     i, f, o, g = _exact(gates).chunk(4, 1)
     c = f.sigmoid()*c + i.sigmoid()*g.tanh()
@@ -74,7 +74,7 @@ def _update(gates, c, compiled):
     h, c, _ = _activate(_exact(gates), c)
     return h.to(gates.dtype), c
 
-# %% ../../nbs/nn/32_convlstm.ipynb #26e08ebf
+# %% ../../nbs/nn/32_convlstm.ipynb #4c32866b
 def _type(x):
     "Type in which convolutions run."
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -111,7 +111,7 @@ class _Layer:
 
     def keep(self, h): return h if self.buffer is None else h.clone()
 
-# %% ../../nbs/nn/32_convlstm.ipynb #3e9ad70a
+# %% ../../nbs/nn/32_convlstm.ipynb #db7df1ae
 def _whole(value, name):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ConfigError(f"`{name}` must be a whole number above 0, got {value!r}")
     return value
@@ -134,7 +134,7 @@ def _checked(x, shape, module, name="x", **sizes):
 def _state_checked(state, batch, hidden, height, width):
     for name, part in zip(("h", "c"), state): check_shape(part, "b c h w", f"{name} of the state", b=batch, c=hidden, h=height, w=width)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #ae9eb54f
+# %% ../../nbs/nn/32_convlstm.ipynb #752e31ac
 class ConvLSTMCell(nn.Module):
     "One step of a convolutional LSTM."
     def __init__(self,
@@ -165,7 +165,7 @@ class ConvLSTMCell(nn.Module):
             h, c = layer.step(frame, *(state or (None, None)))
             return layer.keep(h), c
 
-# %% ../../nbs/nn/32_convlstm.ipynb #f565e85a
+# %% ../../nbs/nn/32_convlstm.ipynb #102d4ede
 def _per_layer(hidden_dim, kernel_size, num_layers):
     "Channels and kernel of every layer."
     hidden = [hidden_dim]*(num_layers or 1) if isinstance(hidden_dim, int) else list(hidden_dim)
@@ -180,7 +180,7 @@ def _halved(x):
     "Series of images at half the resolution; an odd last row or column is kept."
     return None if x is None else F.avg_pool2d(x.flatten(0, 1), 2, ceil_mode=True).unflatten(0, x.shape[:2])
 
-# %% ../../nbs/nn/32_convlstm.ipynb #b07775e2
+# %% ../../nbs/nn/32_convlstm.ipynb #0efc278a
 class ConvLSTM(nn.Module):
     "Stacked convolutional LSTM with a 1x1 head."
     def __init__(self,
@@ -210,23 +210,26 @@ class ConvLSTM(nn.Module):
         self.final_conv = None if output_dim is None else nn.Conv2d(hidden[-1], _whole(output_dim, "output_dim"), 1)
         self.coarser = None if scales == 1 else ConvLSTM(input_dim, hidden, kernels, output_dim=output_dim, bias=bias, scales=scales - 1, **more)
 
-    def forward(self,
-        x: Float[Tensor, "b t c h w"], # Scaled bands by date; any number of dates, any h and w
-        hidden_states: Sequence|None = None, # As returned for the dates before these; `None` starts at zero
-        *,
-        all_steps: bool = False, # Return the states after every date
-    ) -> tuple[Float[Tensor, "b k h w"], list]: # Logits; (h, c) per layer, each (b, k, h, w), with `all_steps` (b, t, k, h, w); layers at half resolution follow
-        "Logits after the last date, and the state of every layer."
-        return self._answer(*self._frames(x), hidden_states, all_steps)[:2]
+# %% ../../nbs/nn/32_convlstm.ipynb #163948fe
+@patch
+def forward(self: ConvLSTM,
+    x: Float[Tensor, "b t c h w"], # Scaled bands by date; any number of dates, any h and w
+    hidden_states: Sequence|None = None, # As returned for the dates before these; `None` starts at zero
+    *,
+    all_steps: bool = False, # Return the states after every date
+) -> tuple[Float[Tensor, "b k h w"], list]: # Logits; (h, c) per layer, each (b, k, h, w), with `all_steps` (b, t, k, h, w); layers at half resolution follow
+    "Logits after the last date, and the state of every layer."
+    return self._answer(*self._frames(x), hidden_states, all_steps)[:2]
 
-    def _frames(self, x):
-        "Checked frames, batch first, and no decay of the memory."
-        x = _batch_first(self, x)
-        _checked(x, "b t c h w", self, c=self.arguments["input_dim"])
-        if not x.isfinite().all(): raise DataError("`x` holds NaN or infinite values; fill them, or give a mask to GapAwareConvLSTM")
-        return x, None
+@patch
+def _frames(self: ConvLSTM, x):
+    "Checked frames, batch first, and no decay of the memory."
+    x = _batch_first(self, x)
+    _checked(x, "b t c h w", self, c=self.arguments["input_dim"])
+    if not x.isfinite().all(): raise DataError("`x` holds NaN or infinite values; fill them, or give a mask to GapAwareConvLSTM")
+    return x, None
 
-# %% ../../nbs/nn/32_convlstm.ipynb #728e5775
+# %% ../../nbs/nn/32_convlstm.ipynb #a8d4e85f
 def _batch_first(net, x):
     "Swaps the first two axes of a network that has time first; forth and back."
     return x if net.arguments["batch_first"] or not isinstance(x, Tensor) or x.ndim < 2 else x.transpose(0, 1)
@@ -252,6 +255,7 @@ def _read(self: ConvLSTM, x, decay, states, all_steps):
     if not all_steps: return outputs, kept[-1]
     return outputs, [tuple(torch.stack(parts, 1) for parts in zip(*layer)) for layer in zip(*kept)]
 
+# %% ../../nbs/nn/32_convlstm.ipynb #ab74e61b
 @patch
 def _scaled(self: ConvLSTM, x, decay, states, all_steps):
     "Logits, states and weights of the dates, all resolutions together."
@@ -269,7 +273,7 @@ def _pooled(pool, outputs):
     mean, weights = pool(x.permute(0, 3, 4, 1, 2).flatten(0, 2))  # every pixel is a series (t, k)
     return tuple(part.unflatten(0, (len(x), *x.shape[-2:])).movedim(-1, 1) for part in (mean, weights))
 
-# %% ../../nbs/nn/32_convlstm.ipynb #e116ed48
+# %% ../../nbs/nn/32_convlstm.ipynb #fecd7fb8
 def _sizes(net, height, width):
     "Channels, rows and columns of every state."
     own = [(h, height, width) for h in net.arguments["hidden_dim"]]
@@ -297,7 +301,7 @@ def _answer(self: ConvLSTM, x, decay, states, all_steps):
     if all_steps: states = [tuple(_batch_first(self, part) for part in layer) for layer in states]
     return whole(logits), states, None if self.pool is None else _batch_first(self, whole(weights))
 
-# %% ../../nbs/nn/32_convlstm.ipynb #df7a07eb
+# %% ../../nbs/nn/32_convlstm.ipynb #834068a1
 @patch
 def date_weights(self: ConvLSTM,
     *inputs, # As for `forward`: the series; for `GapAwareConvLSTM` also the dates and the mask
@@ -306,7 +310,7 @@ def date_weights(self: ConvLSTM,
     if self.pool is None: raise ConfigError("this network takes the last date; build it with `attention=True` to weigh dates")
     return self._answer(*self._frames(*inputs), None, False)[2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #b81817a2
+# %% ../../nbs/nn/32_convlstm.ipynb #7d1bd07a
 def memory_decay(
     dates: Int[Tensor, "b t"], # Days, increasing
     seen: Bool[Tensor, "b t h w"], # True where a date shows a pixel
@@ -326,7 +330,7 @@ def memory_decay(
         lost = now
     return torch.stack(factors, 1).unsqueeze(2)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #4f726bad
+# %% ../../nbs/nn/32_convlstm.ipynb #4544e1d5
 def _increasing(dates, b, t, device):
     "Dates as (b, t), or what is wrong with them."
     dates = torch.as_tensor(dates, device=device)
@@ -339,12 +343,23 @@ def _increasing(dates, b, t, device):
         raise DataError(f"`dates` must be days that increase, got {dates[item, step].item()} before {dates[item, step + 1].item()} in item {item}; sort the series and merge dates that stand twice")
     return dates
 
+def _sensors(given):
+    "Bands by sensor, and all of them."
+    sensors = {k: tuple(v) for k, v in given.items()} if isinstance(given, Mapping) else {"image": range(_whole(given, "input_dim"))}
+    names = [band for bands in sensors.values() for band in bands]
+    if not names or not all(map(len, sensors.values())) or len(set(names)) < len(names):
+        raise ConfigError(f"`input_dim` must name the bands of each sensor, every name once, got {given!r}")
+    return sensors, names
+
+def _days(value, name):
+    if value is not None and not (0 < value < math.inf or (name == "step_days" and value == 0)): raise ConfigError(f"`{name}` must be a time in days above 0, or None, got {value!r}")
+
 def _stacked(parts, sensors, name):
     "A dict by sensor as one tensor per sensor, in the order of the network."
     if set(parts) != set(sensors): raise DataError(f"`{name}` must have the sensors {', '.join(sensors)}, got {', '.join(map(str, parts)) or 'none'}")
     return [parts[sensor] for sensor in sensors]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #d1f0adbd
+# %% ../../nbs/nn/32_convlstm.ipynb #963faef6
 class GapAwareConvLSTM(ConvLSTM):
     "ConvLSTM for series with clouds, uneven dates and more than one sensor."
     def __init__(self,
@@ -355,12 +370,8 @@ class GapAwareConvLSTM(ConvLSTM):
         step_days: float|None = None, # Time without an observation that costs nothing; `None`: the shortest step of the series
         **kwargs, # Arguments of `ConvLSTM` by name
     ):
-        sensors = {"image": range(_whole(input_dim, "input_dim"))} if not isinstance(input_dim, Mapping) else {k: tuple(v) for k, v in input_dim.items()}
-        names = [band for bands in sensors.values() for band in bands]
-        if not names or not all(map(len, sensors.values())) or len(set(names)) < len(names):
-            raise ConfigError(f"`input_dim` must name the bands of each sensor, every name once, got {input_dim!r}")
-        if tau_days is not None and not 0 < tau_days < math.inf: raise ConfigError(f"`tau_days` must be a time above 0, or None, got {tau_days!r}")
-        if step_days is not None and not 0 <= step_days < math.inf: raise ConfigError(f"`step_days` must be a time of 0 or more, or None, got {step_days!r}")
+        sensors, names = _sensors(input_dim)
+        for name, value in dict(tau_days=tau_days, step_days=step_days).items(): _days(value, name)
         super().__init__(len(names) + len(sensors), hidden_dim, *args, **kwargs)
         self.sensors = sensors
         self.arguments |= dict(input_dim={k: list(v) for k, v in sensors.items()} if isinstance(input_dim, Mapping) else input_dim, tau_days=tau_days, step_days=step_days)
@@ -375,7 +386,7 @@ class GapAwareConvLSTM(ConvLSTM):
         "Logits after the last date, and the state of every layer."
         return self._answer(*self._frames(x, dates, valid), None, all_steps)[:2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #df670195
+# %% ../../nbs/nn/32_convlstm.ipynb #74ab4dd3
 @patch
 def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     "Values with 0 for what is missing, a channel per sensor that says so, and the decay."
@@ -398,7 +409,7 @@ def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     decay = None if self.arguments["tau_days"] is None else memory_decay(dates, valid.any(2), self.arguments["tau_days"], self.arguments["step_days"])
     return torch.cat([x.masked_fill(~ok, 0), (~valid).to(x.dtype)], 2), None if decay is None else decay.to(_exact(x[:0]).dtype)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #f58408ae
+# %% ../../nbs/nn/32_convlstm.ipynb #923bb88d
 def _network_of(config, path):
     "The network that the settings of a checkpoint describe."
     if missing := [key for key in ("input_channels", "hidden_channels") if key not in config]:
@@ -419,7 +430,7 @@ def _fill(net, weights, path):
     net.load_state_dict(weights)
     return net.eval()
 
-# %% ../../nbs/nn/32_convlstm.ipynb #3165a68d
+# %% ../../nbs/nn/32_convlstm.ipynb #547f0881
 def load_convlstm(
     path: Path|str, # A `.pth` file with `config` and `model_state_dict`
     *,
