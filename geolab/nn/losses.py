@@ -8,6 +8,7 @@ __all__ = ['BinaryFocalLoss', 'BCELoss', 'FocalLoss', 'TverskyLoss', 'DiceLoss',
 
 # %% ../../nbs/nn/30_losses.ipynb #1f8c90e7
 import inspect, math
+from itertools import repeat
 from typing import Literal, Sequence
 
 import numpy as np
@@ -83,8 +84,10 @@ def _numbers(values, name):
     except TypeError: raise ConfigError(f"`{name}` must be a list of numbers, got {values!r}") from None
 
 # %% ../../nbs/nn/30_losses.ipynb #f72967fc
-def _focal_terms(z, y, w, gamma, soft):
+def _focal_terms(z, y, valid, alpha, gamma, soft):
     "Focal loss of each pixel and its derivative with respect to the logit."
+    w = torch.ones_like(y) if alpha is None else torch.add(1 - alpha, y, alpha=2*alpha - 1)
+    if valid is not None: w = w*valid
     p = z.sigmoid()
     d, ce = p - y, F.binary_cross_entropy_with_logits(z, y, reduction="none")
     if gamma == 0: return w*ce, w*d
@@ -97,27 +100,28 @@ def _focal_terms(z, y, w, gamma, soft):
     f = w*m.clamp(min=tiny).pow(gamma - 1)
     return f*m*ce, f*torch.add(m*d, slope*(1 - 2*y), alpha=gamma)
 
-def _in_pieces(z, y, w, gamma, soft, size=2**17):
+def _in_pieces(z, y, valid, alpha, gamma, soft, size=2**17):
     "`_focal_terms`, on a CPU in pieces whose dozen of temporaries stay in the cache."
-    if z.device.type != "cpu" or z.numel() <= size or torch.compiler.is_compiling(): return _focal_terms(z, y, w, gamma, soft)
+    if z.device.type != "cpu" or z.numel() <= size or torch.compiler.is_compiling(): return _focal_terms(z, y, valid, alpha, gamma, soft)
     loss, slope = torch.empty(2, *z.shape, dtype=z.dtype)
-    for *given, loss_, slope_ in zip(*(x.flatten().split(size) for x in (z, y, w, loss, slope))): loss_[:], slope_[:] = _focal_terms(*given, gamma, soft)
+    pieces = (repeat(None) if x is None else x.flatten().split(size) for x in (z, y, valid, loss, slope))
+    for *given, loss_, slope_ in zip(*pieces): loss_[:], slope_[:] = _focal_terms(*given, alpha, gamma, soft)
     return loss, slope
 
 class _Focal(torch.autograd.Function):
     "`_focal_terms` with the derivative kept from the forward pass."
     @staticmethod
-    def forward(ctx, z, y, w, gamma, soft):
-        loss, slope = _in_pieces(z, y, w, gamma, soft)
-        if ctx.needs_input_grad[0]: ctx.save_for_backward(slope, z, y, w)
-        ctx.form = gamma, soft
+    def forward(ctx, z, y, valid, alpha, gamma, soft):
+        loss, slope = _in_pieces(z, y, valid, alpha, gamma, soft)
+        if ctx.needs_input_grad[0]: ctx.save_for_backward(slope, z, y, valid)
+        ctx.form = alpha, gamma, soft
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        slope, z, y, w = ctx.saved_tensors
-        if torch.is_grad_enabled(): slope = _focal_terms(z, y, w, *ctx.form)[1]  # somebody wants second derivatives
-        return grad*slope, None, None, None, None
+        slope, z, y, valid = ctx.saved_tensors
+        if torch.is_grad_enabled(): slope = _focal_terms(z, y, valid, *ctx.form)[1]  # somebody wants second derivatives
+        return grad*slope, None, None, None, None, None
 
 # %% ../../nbs/nn/30_losses.ipynb #0a846d89
 class BinaryFocalLoss(nn.Module):
@@ -143,10 +147,8 @@ class BinaryFocalLoss(nn.Module):
     ) -> Float[Tensor, "..."]: # float32
         "Loss of a batch."
         z, y, valid = _pair(logits, target, valid)
-        y = _smoothed(y, self.label_smoothing, 2)
-        w = torch.ones_like(y) if self.alpha is None else torch.add(1 - self.alpha, y, alpha=2*self.alpha - 1)
-        if valid is not None: w = w*valid
-        return _reduce(_Focal.apply(z, y, w, self.gamma, self.soft), valid, self.reduction)
+        each = _Focal.apply(z, _smoothed(y, self.label_smoothing, 2), valid, self.alpha, self.gamma, self.soft)
+        return _reduce(each, valid, self.reduction)
 
     def extra_repr(self):
         weights = "" if self.alpha is None or self.alpha in (0, 1) else f" (a positive weighs {self.alpha/(1 - self.alpha):.3g} negatives)"
