@@ -328,8 +328,11 @@ def plot_sizes(
     middle = [np.sqrt(x[0]*x[-1]) for x in np.split(size, np.searchsorted(size, edges[1:]))]
     n, p, z = table.labelled.values, table.recall.values, 1.96
     center, half = (p + z*z/(2*n))/(1 + z*z/n), z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))/(1 + z*z/n)
-    ax.errorbar(middle, p, [p - center + half, center + half - p], fmt="o-", ms=4, lw=1.5)
+    ax.errorbar(middle, p, np.maximum([p - center + half, center + half - p], 0), fmt="o-", ms=4, lw=1.5)  # rounding may leave -1e-16 where all are found
     ax.set(xscale="log", xlabel="size of the labelled object (pixels)", ylabel=f"recall (IoU ≥ {match.rule['iou']:g})", ylim=(-.02, 1.03))
+    round_sizes = [n*10**e for e in range(8) for n in (1, 3) if ax.get_xlim()[0] <= n*10**e <= ax.get_xlim()[1]]
+    ax.set_xticks(round_sizes, [f"{size:,}" for size in round_sizes])
+    ax.tick_params(axis="x", which="minor", labelbottom=False)
     return ax
 
 # %% ../../nbs/evaluation/42_objects.ipynb #fed14a25

@@ -355,11 +355,11 @@ def precision_over_prevalence(
     target_precision: float = .8, # For the break-even
     unit: Literal["tile", "pixel"] = "tile", # What the prevalence counts
     *,
-    prevalence: Float[np.ndarray, " n"]|None = None, # Shares to evaluate; `None` takes 1:10 to 1:5,000
+    prevalence: Float[np.ndarray, " n"]|None = None, # Shares to evaluate; `None` takes 1:1 to 1:5,000
 ) -> PrevalenceCurve:
     "Precision of a fixed threshold where the class is rarer or commoner."
     if not 0 < target_precision < 1: raise DataError(f"`target_precision` must lie between 0 and 1, got {target_precision}")
-    prevalence = 1/(1 + np.geomspace(10, 5000, 200)) if prevalence is None else np.asarray(prevalence, float)
+    prevalence = 1/(1 + np.geomspace(1, 5000, 240)) if prevalence is None else np.asarray(prevalence, float)
     if not ((prevalence > 0) & (prevalence < 1)).all(): raise DataError("`prevalence` must lie between 0 and 1")
     if (weight := stratum_weight(hist, "1:1e9", unit)).value is None: raise DataError(weight.reason)
     pos, n1, n0 = hist.counts.sum((0, 2)).tolist() if unit == "pixel" else (hist.tiles[:, 0].sum(), 0, hist.tiles[:, 1].sum())
@@ -380,7 +380,7 @@ def plot_prevalence(
     ax = _axes(ax)
     for label, curve in curves.items():
         line, = ax.semilogx(curve.prevalence, curve.precision, lw=1.5, label=f"{label} (recall {curve.recall:.2f})")
-        if curve.break_even:
+        if curve.break_even and curve.prevalence.min() <= curve.break_even <= curve.prevalence.max():
             height = np.interp(curve.break_even, curve.prevalence[::-1], curve.precision[::-1])
             ax.plot(curve.break_even, height, "o", ms=5, color=line.get_color(), mec="k")
     if target_precision is not None: ax.axhline(target_precision, color=".6", lw=1, ls="--")
