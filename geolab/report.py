@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SECTIONS', 'RunFiles', 'verdict', 'part_result', 'part_data', 'part_split', 'part_training',
-           'part_precision', 'part_thresholds', 'part_calibration', 'part_objects', 'part_samples', 'part_map',
-           'part_files', 'part_use', 'build_report']
+           'part_precision', 'part_thresholds', 'part_certificate', 'part_calibration', 'part_objects', 'part_samples',
+           'part_map', 'part_files', 'part_use', 'build_report']
 
 # %% ../nbs/69_report.ipynb #4f443a01
 import math
@@ -19,8 +19,9 @@ from .core import ConfigError, DataError, GeolabError, Ratio, RunError, atomic_f
 from .data.splits import Split, plot_split
 from .evaluation.calibration import Calibrator, plot_reliability, reliability
 from .evaluation.metrics import PRCurve, plot_pr, pr_curve
+from .evaluation.objects import ObjectMatch, object_pr, plot_sizes
 from .evaluation.scores import load_scores
-from .evaluation.thresholds import plot_prevalence, precision_over_prevalence
+from .evaluation.thresholds import plan_calibration, plot_prevalence, plot_trade_off, precision_over_prevalence
 from .page import Html, Missing, absent, facts, figure, html_page, percent, pick, picture, show, table, tag
 from .page import bright_end, encode, plot_columns, plot_map, read_overview, sample_panels
 from .training.fit import plot_history
@@ -73,7 +74,7 @@ def _contest(metrics):
     else: won = "the detector wins" if low[0] > known[name] else "the detector is ahead, but its interval reaches down to the baseline"
     return f"Its average precision is {ap:.2f}, that of {NAMES.get(name, name)} {known[name]:.2f}: {won}."
 
-def _ratio_name(key): return {"observed": "the ratio of the blocks themselves", "best f0.5": "the best F0.5"}.get(key, key)
+def _ratio_name(key): return {"observed": "the ratio of the blocks themselves", "best f0.5": "the best F0.5", "promised": "what can be promised"}.get(key, key)
 
 def _rarity(key):
     "Negatives per positive of a ratio; other keys come first."
@@ -85,7 +86,7 @@ def _trust(thresholds, key, why):
     at = thresholds.get(key)
     if not isinstance(at, dict): return f"is missing: {pick(thresholds, key)}."
     if at.get("logit") is None: return f"is missing: {pick(at, 'logit')}."
-    if at.get("certified"): return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 7\u00a0%)."
+    if at.get("certified"): return f"is certified at {percent(at['confidence'])} for blocks like the calibration blocks (simulated error up to 8\u00a0%)."
     return f"is not certified: {(why or at.get('reason') or 'it is a point estimate').removeprefix('not certified: ').rstrip('.')}."
 
 # %% ../nbs/69_report.ipynb #2b783a3e
@@ -96,16 +97,20 @@ def verdict(
     metrics, thresholds, split = (run.json(f"{name}.json") for name in ("metrics", "threshold", "split"))
     drawn, certificate = thresholds.get("chosen"), split.get("certificate") or {}
     wanted = str(run.config.get("test_realistic_ratio") or drawn or "1:500")
-    recall, precision, rare = (pick(metrics, "test", *path) for path in (["recall"], ["precision"], ["at_ratio", wanted, "precision"]))
+    recall, precision, rare, found = (pick(metrics, "test", *path) for path in (["recall"], ["precision"], ["at_ratio", wanted, "precision"], ["at_ratio", wanted, "recall"]))
     lost = next((v for v in (recall, precision) if isinstance(v, Missing)), None)
-    rare = f"what it would be at {wanted} cannot be said: {rare}" if isinstance(rare, Missing) else f"at {wanted} it would be {rare:.2f}"
+    rare = f"what it would be at {wanted} cannot be said: {rare}" if isinstance(rare, Missing) else f"at {wanted}, with the threshold for it, {percent(found)} at {rare:.2f}"
     says = [f"How much is found on held-out blocks cannot be said: {lost}." if lost else
             f"On held-out blocks the detector finds {percent(recall)} of the positive pixels at a precision of {precision:.2f}; {rare}.", _contest(metrics)]
     why = (certificate.get("reason") or "calibration and validation blocks are the same") if certificate.get("cal_is_val") else None
     target = pick(thresholds, wanted, "target_precision")
     goal = "the wanted precision" if isinstance(target, Missing) else f"precision {target:g}"
     says += [f"The threshold for {goal} at {wanted} {_trust(thresholds, wanted, why)}"]
-    return says + ([f"The map is drawn with another one, for {_ratio_name(drawn)}; it {_trust(thresholds, drawn, why)}"] if drawn not in (None, wanted) else [])
+    if drawn not in (None, wanted): says.append(f"The map is drawn with another one, for {_ratio_name(drawn)}; it {_trust(thresholds, drawn, why)}")
+    best = thresholds.get("promised")
+    if isinstance(best, dict) and best.get("certified") and not (thresholds.get(drawn) or {}).get("certified"):
+        says.append(f"What these blocks can promise, at {percent(best['confidence'])} and at their own ratio, is a precision of {best['target_precision']:g} (with a recall of {best['recall']:.2f}, from the threshold {best['probability']:.2f} up).")
+    return says
 
 # %% ../nbs/69_report.ipynb #0daa9560
 def _listed(paths):
@@ -204,7 +209,7 @@ def part_precision(run: RunFiles) -> list[Html]:
     sides = "positive to negative pixels" if unit == "pixel" else "tiles with positives to empty tiles"
     confidence = percent(pick(test, "interval", "confidence"))
     note = f"No intervals: {interval}." if isinstance(interval, Missing) else f"In small print: {confidence} intervals from redrawn blocks."
-    numbers = table(f"The test blocks at the threshold of the map, as they are and at other ratios of {sides}. {note}", ["ratio", *keys.values()],
+    numbers = table(f"The test blocks as they are, at the threshold of the map, and at other ratios of {sides}, each at the threshold for it. {note}", ["ratio", *keys.values()],
                     [[name, *(_bounded(values, k) for k in keys)] for name, values in ({first: test} | at).items()])
     if isinstance(hist, Missing): return [absent(f"No curve: {hist}."), numbers]
     curves = {"as measured": _curve(hist, None, unit)} | {key: _curve(hist, key, unit) for key in at}
@@ -228,9 +233,21 @@ def part_thresholds(run: RunFiles) -> list[Html]:
         if t.get("logit") is None: return [name, t.get("target_precision"), *[pick(t, "logit")]*5]
         return [name, t.get("target_precision"), *(pick({"reason": "not estimated"} | t, k) for k in ("logit", "probability", "precision", "recall")), trust]
     caption = (f"Chosen on {max(v.get('blocks') or 0 for v in per.values())} blocks of the part {found.get('part', 'cal')}: the threshold of largest recall "
-               "that reaches the target precision there. Precision and recall are estimates.")
+               "that reaches the target precision there, the certified one where there is one. Precision and recall are estimates.")
     head = ["ratio", "target", "logit", "probability", "precision", "recall", "certified"]
-    return [table(caption, head, [row(k, v) for k, v in per.items()], words=[6]), _prevalence(run)]
+    return [table(caption, head, [row(k, v) for k, v in per.items()], words=[6]), _trade_off(run, per), _prevalence(run)]
+
+def _trade_off(run, per):
+    "Precision and recall over the threshold, on the calibration blocks."
+    part, wanted = run.json("threshold.json").get("part", "cal"), {k: v["logit"] for k, v in per.items() if k in ("observed", "promised") and v.get("logit") is not None}
+    hist = run.scores(part)
+    if isinstance(hist, Missing) or not wanted: return None
+    curve = _curve(hist, None, run.config.get("ratio_unit", "tile"))
+    if curve.precision is None: return absent(f"No trade-off: {curve.reason}.")
+    marks = {_ratio_name(k): v for k, v in wanted.items()}
+    return figure(run.path, "trade_off", lambda ax: plot_trade_off(curve, marks, per.get("observed", {}).get("target_precision"), ax),
+                  f"Precision, recall and F0.5 over the threshold, on the blocks of the part {part}. Black lines: thresholds; dashed: the target.",
+                  "Precision, recall and F0.5 over the threshold.", (4.6, 3.))
 
 def _prevalence(run):
     "Precision of the threshold of the map where positives are rarer or commoner."
@@ -244,6 +261,41 @@ def _prevalence(run):
     return figure(run.path, "prevalence", lambda ax: plot_prevalence({"threshold of the map": curve}, t["target_precision"], ax), caption,
                   f"Precision over prevalence: {reach}.", (4.6, 3.))
 
+# %% ../nbs/69_report.ipynb #3ebd2663
+def part_certificate(run: RunFiles) -> list[Html]:
+    "What the threshold promises, what that rests on, and what it would take."
+    found = run.json("threshold.json")
+    rest = {key: t for key in (found.get("chosen"), "promised") if isinstance(t := found.get(key), dict)}
+    if not rest: return [absent(f"No certificate: {pick(found, 'promised')}.")]
+    t = next((t for t in rest.values() if t.get("certified")), next(iter(rest.values())))
+    if t.get("certified"): says = (
+        f"Of what lies at or above logit {t['logit']:.2f}, at least {percent(t['target_precision'])} is positive: certified at {percent(t['confidence'])} for ground like the {t['blocks']} calibration blocks, "
+        f"at {'a prevalence' if t is not rest.get('promised') and found.get('chosen') != 'observed' else 'their own prevalence'} of {show(t['prevalence'])}. It is the precision to expect over many such blocks, not that of every map; in simulations up to 8\u00a0% of such certificates were false.")
+    else: says = f"Nothing is certified: {(t.get('reason') or 'it was not asked for').removeprefix('not certified: ')}."
+    gate, d, known = t.get("gate") or {"reason": "no gate was fitted"}, t.get("diagnostics") or {"reason": "nothing passed that could be looked at"}, run.json("gate.json")
+    weak = "weak: the worst block counts twice and 100 blocks are needed" if gate.get("weak") else "strong enough: the worst block counts once and 60 blocks are needed"
+    lines = {"Calibration blocks": pick(t, "blocks"), "with true positives": pick(d, "blocks_with_true_positives"), "with false positives": pick(d, "blocks_with_false_positives"),
+             "Worst block": f"{d['worst_block']}, {percent(d['worst_share'])} of the false positives" if isinstance(d.get("worst_share"), float) else pick(d, "worst_block"),
+             "Gate": f"{percent(gate['max_background'])} of a block at most may lie above logit {gate['logit']:.2f}" if "logit" in gate else pick(gate, "logit"),
+             "Gate and errors": f"rank correlation {gate['correlation']:.2f}, {weak}" if isinstance(gate.get("correlation"), float) else Missing(weak),
+             "On the maps": f"{known['outside']} of {known['blocks']} blocks lie outside the certificate" + ("; so many that it is void" if known["void"] else "") if "outside" in known else pick(known, "outside")}
+    return [tag("p", says), facts(lines), _plan(run, found)]
+
+def _plan(run, found):
+    "Blocks that the wanted target would take."
+    wanted, hist, rows = str(run.config.get("test_realistic_ratio") or "1:500"), run.scores(found.get("part", "cal")), []
+    t = found.get(wanted)
+    if isinstance(hist, Missing) or not isinstance(t, dict): return None
+    for recall in (.3, .5, .7):
+        plan = plan_calibration(t["target_precision"], wanted, recall, t.get("confidence") or .95, pilot=hist, unit=t.get("unit", "tile"), gate=not (t.get("gate") or {"weak": True}).get("weak"))
+        gap = None if plan.blocks else Missing(plan.reason)
+        rows.append([percent(recall), f"{plan.false_positive_rate:.1e}", plan.blocks or gap, plan.empty_tiles or gap])
+    if all(isinstance(row[2], Missing) for row in rows):
+        return tag("p", f"No number of blocks like these would certify precision {t['target_precision']:g} at {wanted} with a recall of {rows[0][0]} or more: it is the detector that has to get better.")
+    return table(f"What precision {t['target_precision']:g} at {wanted} would take, if more calibration blocks were like those of this run.",
+                 ["recall to keep", "share of background that may be false", "calibration blocks", "empty tiles in them"], rows)
+
+# %% ../nbs/69_report.ipynb #175e1c33
 def part_calibration(run: RunFiles) -> list[Html]:
     "Reliability before and after."
     c, hist = run.json("calibration.json"), run.scores()
@@ -257,14 +309,28 @@ def part_calibration(run: RunFiles) -> list[Html]:
         "Share of positives among test pixels of each probability, before and after calibration. On the dashed line a probability means what it says.",
         f"Reliability diagram; calibration error {raw.ece:.2g} before and {calibrated.ece:.2g} after."), numbers]
 
+# %% ../nbs/69_report.ipynb #c68b91e2
 def part_objects(run: RunFiles) -> list[Html]:
     "Objects found, missed and false on the test blocks of the map."
     found = pick(run.json("metrics.json"), "objects")
     if isinstance(found, Missing): return [absent(f"No object results: {found}.")]
-    names = {"tp": "found", "fn": "missed", "fp": "false", "precision": "precision", "recall": "recall", "f0.5": "F0.5", "f1": "F1"}
+    names = {"tp": "found", "fn": "missed", "fp": "false", "precision": "precision", "recall": "recall", "f0.5": "F0.5"}
     rule = f" A pair needs an IoU of {found['iou']:g}." if "iou" in found else ""
-    return [table(f"Connected objects on the map of the test blocks, matched one to one with the labelled ones.{rule}",
-                  ["objects", *names.values()], [["test blocks", *(pick(found, k) for k in names)]])]
+    rows = [["as they are", *(pick(found, k) for k in names)]]
+    for key, at in sorted((found.get("at_ratio") or {}).items(), key=lambda kv: _rarity(kv[0])): rows.append([key, *[Missing("weighted")]*3, *(pick(at, k) for k in list(names)[3:])])
+    return [table(f"Connected objects on the map of the test blocks, matched one to one with the labelled ones.{rule} At other ratios each counts at the threshold of that ratio, and a false object in empty tiles with their weight.",
+                  ["objects", *names.values()], rows), _object_figures(run)]
+
+def _object_figures(run):
+    "Recall by size, and precision over recall by object score."
+    if not (run.path/"objects.npz").is_file(): return absent("No figures of objects: objects.npz is not in the run folder.")
+    match = ObjectMatch.load(run.path/"objects.npz")
+    if not len(match.truth): return absent("No figures of objects: the test blocks hold none.")
+    curve = object_pr(match)
+    plots = [figure(run.path, "object_sizes", lambda ax: plot_sizes(match, ax), f"Share of the {len(match.truth)} labelled objects that were found, by size, with 95\u00a0% intervals.", "Recall over object size.", (3.6, 2.8))]
+    if len(curve.recall): plots.append(figure(run.path, "object_pr", lambda ax: (plot_pr({"objects of the map": curve}, ax=ax), ax.set(xlabel="recall (share of labelled objects found)")),
+        "Precision over recall of the map's objects, taken by their largest probability.", "Object precision over recall.", (3.6, 2.8)))
+    return tag("div", plots, class_="row")
 
 # %% ../nbs/69_report.ipynb #607593cf
 def part_samples(run: RunFiles) -> list[Html]:
@@ -306,7 +372,10 @@ def part_map(run: RunFiles, most: int = 6) -> list[Html]:
     text = ["outlined in orange is what lies at or above the threshold: ", show(sum(map(len, found))), " polygons, ", show(area), " ha."] if vectors else [
             "no outlines: there is no polygons.parquet in the folder map."]
     plots = [one(name, *read) for name, read in maps.items()]
-    return [tag("p", "Calibrated probability; ", text), tag("div", plots, class_="grid" if len(plots) > 1 else None),
+    size = pick(run.json("metrics.json"), "area")
+    true = tag("p", f"Corrected for the errors on the {size['n_blocks']} test blocks, the class covers {size['area']:.1f} ha ({percent(size['confidence'])} interval {size['low']:.1f} to {size['high']:.1f}; the map shows {size['mapped']:.1f}). "
+               "The interval holds where the rest of the map errs as the test blocks do; on training blocks it errs less.") if isinstance(pick(size if isinstance(size, dict) else None, "area"), float) else absent(f"No corrected area: {size if isinstance(size, Missing) else pick(size, 'area')}.")
+    return [tag("p", "Calibrated probability; ", text), true, tag("div", plots, class_="grid" if len(plots) > 1 else None),
             absent(f"{len(paths) - most} more maps are in the folder map.") if len(paths) > most else None]
 
 # %% ../nbs/69_report.ipynb #b45e9f19
@@ -331,7 +400,8 @@ def part_use(run: RunFiles) -> list[Html]:
 # %% ../nbs/69_report.ipynb #6929f0ce
 SECTIONS = (
     ("result", "Result", part_result), ("data", "Labels and baselines", part_data), ("split", "Split", part_split), ("training", "Training", part_training),
-    ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("calibration", "Calibration", part_calibration),
+    ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("certificate", "Certificate", part_certificate),
+    ("calibration", "Calibration", part_calibration),
     ("objects", "Objects", part_objects), ("samples", "Sample tiles", part_samples), ("map", "Map", part_map), ("files", "Files", part_files),
     ("use", "How to use it", part_use))
 
