@@ -62,6 +62,7 @@ def _pair(logits, target, valid):
     _demand(ok if valid is None else ok & valid.any(), valid, "lie in [0, 1]", low, high)
     return z, y, valid
 
+# %% ../../nbs/nn/30_losses.ipynb #1bf34d79
 def _reduce(loss, valid, reduction):
     if reduction == "none": return loss
     return loss.sum() if reduction == "sum" else loss.sum()/(loss.numel() if valid is None else valid.sum())
@@ -152,7 +153,8 @@ class BinaryFocalLoss(nn.Module):
 
     def extra_repr(self):
         weights = "" if self.alpha is None or self.alpha in (0, 1) else f" (a positive weighs {self.alpha/(1 - self.alpha):.3g} negatives)"
-        return f"alpha={self.alpha}{weights}, gamma={self.gamma:g}, reduction={self.reduction!r}, soft={self.soft!r}" + (f", label_smoothing={self.label_smoothing:g}" if self.label_smoothing else "")
+        smoothing = f", label_smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
+        return f"alpha={self.alpha}{weights}, gamma={self.gamma:g}, reduction={self.reduction!r}, soft={self.soft!r}{smoothing}"
 
 # %% ../../nbs/nn/30_losses.ipynb #a1bef402
 class BCELoss(BinaryFocalLoss):
@@ -213,7 +215,8 @@ def _classes(logits, target, valid, k, channels):
     "Checked logits (b, channels, ...), targets and mask of k classes; pixels that do not count hold 0."
     z, target = _float(logits), _tensor(target, "target").to(logits.device)
     if z.ndim < 2 or z.shape[1] != channels:
-        raise DataError(f"`logits` must have {channels} channels in axis 1{f', the ranks above the lowest of {k} classes' if channels < k else ', one for each class'}; got {tuple(z.shape)}")
+        what = "one for each class" if channels == k else f"the ranks above the lowest of {k} classes"
+        raise DataError(f"`logits` must have {channels} channels in axis 1, {what}; got {tuple(z.shape)}")
     pixel, valid = z[:, 0], None if valid is None else _mask(valid, z[:, 0])
     soft = target.is_floating_point()
     if target.shape != ((len(z), k, *pixel.shape[1:]) if soft else pixel.shape):
