@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvLSTMCell', 'ConvLSTM', 'memory_decay', 'GapAwareConvLSTM', 'load_convlstm']
 
-# %% ../../nbs/nn/32_convlstm.ipynb #923fc185
+# %% ../../nbs/nn/32_convlstm.ipynb #d27af81a
 import math
 from functools import cache
 from pathlib import Path
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from ..core import ConfigError, DataError, RunError, check_shape
 from .attention import AttentionPooling
 
-# %% ../../nbs/nn/32_convlstm.ipynb #9331c68a
+# %% ../../nbs/nn/32_convlstm.ipynb #6bd189f0
 def _exact(gates):
     "A cell sums over many dates, so it is float32 at least."
     return gates if gates.dtype == torch.float64 else gates.float()
 
-def _activate(gates, c):
-    "New h, c and tanh(c); `gates` (i, f, o, g) are activated in place; `c` is None where the state is zero."
+def _activate(gates, c, out=None):
+    "New h (into `out`), c and tanh(c); `gates` (i, f, o, g) are activated in place; `c` is None where the state is zero."
     n = gates.shape[1]//4
     i, f, o = gates[:, :3*n].sigmoid_().chunk(3, 1)
     g = gates[:, 3*n:].tanh_()
     c = i*g if c is None else torch.addcmul(f*c, i, g)
     squashed = c.tanh()
-    return o*squashed, c, squashed
+    return torch.mul(o, squashed, out=out), c, squashed
 
 class _Update(torch.autograd.Function):
     "`_activate` with its derivatives in closed form."
@@ -58,23 +58,22 @@ class _Update(torch.autograd.Function):
         else: df.mul_(c).mul_(dc)
         return d.to(low), None if c is None else f*dc
 
-# %% ../../nbs/nn/32_convlstm.ipynb #cd412473
-def _formula(gates, c):
+# %% ../../nbs/nn/32_convlstm.ipynb #b06ecc97
+def _formula(gates, c, out):
     i, f, o, g = _exact(gates).chunk(4, 1)
-    c = f.sigmoid()*c + i.sigmoid()*g.tanh()
-    return (o.sigmoid()*c.tanh()).to(gates.dtype), c
+    c = i.sigmoid()*g.tanh() + (0 if c is None else f.sigmoid()*c)
+    h = (o.sigmoid()*c.tanh()).to(gates.dtype)
+    return (h if out is None else out.copy_(h)), c
 
 @cache
 def _fused(): return torch.compile(_formula, dynamic=True)
 
-def _update(gates, c, compiled):
-    "New h and c."
-    if compiled: return _fused()(gates, torch.zeros_like(_exact(gates).chunk(4, 1)[0]) if c is None else c)
-    if torch.is_grad_enabled(): return _Update.apply(gates, c)
-    h, c, _ = _activate(_exact(gates), c)
-    return h.to(gates.dtype), c
+def _update(gates, c, compiled, out):
+    "New h and c; without gradients h is written into `out`."
+    if compiled: return _fused()(gates, c, out)
+    return _Update.apply(gates, c) if out is None else _activate(_exact(gates), c, out)[:2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #4c32866b
+# %% ../../nbs/nn/32_convlstm.ipynb #a25e9715
 def _type(x):
     "Type in which convolutions run."
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -99,8 +98,8 @@ class _Layer:
     def step(self, frame, h, c, decay=None):
         if c is None: x, weight = frame.to(self.weight.dtype, memory_format=self.layout), self.weight[:, :self.inputs]
         else: x, weight, c = self.joined(frame, h), self.weight, c if decay is None else c*decay
-        h, c = _update(F.conv2d(x, weight, self.bias, padding=self.padding), c, self.compiled)
-        return (h if self.buffer is None else self.h.copy_(h)), c
+        h, c = _update(F.conv2d(x, weight, self.bias, padding=self.padding), c, self.compiled, self.h)
+        return (h if self.buffer is None else self.h), c
 
     def joined(self, frame, h):
         "[x|h]; in the buffer, h is already where it belongs, unless it came from outside."
@@ -111,7 +110,7 @@ class _Layer:
 
     def keep(self, h): return h if self.buffer is None else h.clone()
 
-# %% ../../nbs/nn/32_convlstm.ipynb #db7df1ae
+# %% ../../nbs/nn/32_convlstm.ipynb #493f5ee6
 def _whole(value, name):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ConfigError(f"`{name}` must be a whole number above 0, got {value!r}")
     return value
@@ -134,7 +133,7 @@ def _checked(x, shape, module, name="x", **sizes):
 def _state_checked(state, batch, hidden, height, width):
     for name, part in zip(("h", "c"), state): check_shape(part, "b c h w", f"{name} of the state", b=batch, c=hidden, h=height, w=width)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #752e31ac
+# %% ../../nbs/nn/32_convlstm.ipynb #5de9b52a
 class ConvLSTMCell(nn.Module):
     "One step of a convolutional LSTM."
     def __init__(self,
@@ -165,7 +164,7 @@ class ConvLSTMCell(nn.Module):
             h, c = layer.step(frame, *(state or (None, None)))
             return layer.keep(h), c
 
-# %% ../../nbs/nn/32_convlstm.ipynb #102d4ede
+# %% ../../nbs/nn/32_convlstm.ipynb #ca9a316d
 def _per_layer(hidden_dim, kernel_size, num_layers):
     "Channels and kernel of every layer."
     hidden = [hidden_dim]*(num_layers or 1) if isinstance(hidden_dim, int) else list(hidden_dim)
@@ -180,7 +179,7 @@ def _halved(x):
     "Series of images at half the resolution; an odd last row or column is kept."
     return None if x is None else F.avg_pool2d(x.flatten(0, 1), 2, ceil_mode=True).unflatten(0, x.shape[:2])
 
-# %% ../../nbs/nn/32_convlstm.ipynb #0efc278a
+# %% ../../nbs/nn/32_convlstm.ipynb #4a2b142d
 class ConvLSTM(nn.Module):
     "Stacked convolutional LSTM with a 1x1 head."
     def __init__(self,
@@ -210,7 +209,7 @@ class ConvLSTM(nn.Module):
         self.final_conv = None if output_dim is None else nn.Conv2d(hidden[-1], _whole(output_dim, "output_dim"), 1)
         self.coarser = None if scales == 1 else ConvLSTM(input_dim, hidden, kernels, output_dim=output_dim, bias=bias, scales=scales - 1, **more)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #163948fe
+# %% ../../nbs/nn/32_convlstm.ipynb #ffd329fd
 @patch
 def forward(self: ConvLSTM,
     x: Float[Tensor, "b t c h w"], # Scaled bands by date; any number of dates, any h and w
@@ -229,7 +228,7 @@ def _frames(self: ConvLSTM, x):
     if not x.isfinite().all(): raise DataError("`x` holds NaN or infinite values; fill them, or give a mask to GapAwareConvLSTM")
     return x, None
 
-# %% ../../nbs/nn/32_convlstm.ipynb #a8d4e85f
+# %% ../../nbs/nn/32_convlstm.ipynb #6c9c7fab
 def _batch_first(net, x):
     "Swaps the first two axes of a network that has time first; forth and back."
     return x if net.arguments["batch_first"] or not isinstance(x, Tensor) or x.ndim < 2 else x.transpose(0, 1)
@@ -250,12 +249,13 @@ def _read(self: ConvLSTM, x, decay, states, all_steps):
             for k, layer in enumerate(layers):
                 h, c = states[k] = layer.step(frame, *states[k], None if decay is None else decay[:, step])
                 frame = h if self.skips is None else _add(h, frame, self.skips[k])
-            if self.pool is not None or step == t - 1: outputs.append(layers[-1].keep(frame))
-            if all_steps or step == t - 1: kept.append([(layer.keep(h), c) for layer, (h, c) in zip(layers, states)])
-    if not all_steps: return outputs, kept[-1]
+            if self.pool is not None: outputs.append(layers[-1].keep(frame))
+            if all_steps: kept.append([(layer.keep(h), c) for layer, (h, c) in zip(layers, states)])
+    outputs = outputs or [frame]
+    if not all_steps: return outputs, states
     return outputs, [tuple(torch.stack(parts, 1) for parts in zip(*layer)) for layer in zip(*kept)]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #ab74e61b
+# %% ../../nbs/nn/32_convlstm.ipynb #444b5adc
 @patch
 def _scaled(self: ConvLSTM, x, decay, states, all_steps):
     "Logits, states and weights of the dates, all resolutions together."
@@ -273,7 +273,7 @@ def _pooled(pool, outputs):
     mean, weights = pool(x.permute(0, 3, 4, 1, 2).flatten(0, 2))  # every pixel is a series (t, k)
     return tuple(part.unflatten(0, (len(x), *x.shape[-2:])).movedim(-1, 1) for part in (mean, weights))
 
-# %% ../../nbs/nn/32_convlstm.ipynb #fecd7fb8
+# %% ../../nbs/nn/32_convlstm.ipynb #0799830b
 def _sizes(net, height, width):
     "Channels, rows and columns of every state."
     own = [(h, height, width) for h in net.arguments["hidden_dim"]]
@@ -301,7 +301,7 @@ def _answer(self: ConvLSTM, x, decay, states, all_steps):
     if all_steps: states = [tuple(_batch_first(self, part) for part in layer) for layer in states]
     return whole(logits), states, None if self.pool is None else _batch_first(self, whole(weights))
 
-# %% ../../nbs/nn/32_convlstm.ipynb #834068a1
+# %% ../../nbs/nn/32_convlstm.ipynb #76fcdd55
 @patch
 def date_weights(self: ConvLSTM,
     *inputs, # As for `forward`: the series; for `GapAwareConvLSTM` also the dates and the mask
@@ -310,7 +310,7 @@ def date_weights(self: ConvLSTM,
     if self.pool is None: raise ConfigError("this network takes the last date; build it with `attention=True` to weigh dates")
     return self._answer(*self._frames(*inputs), None, False)[2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #7d1bd07a
+# %% ../../nbs/nn/32_convlstm.ipynb #d9787b01
 def memory_decay(
     dates: Int[Tensor, "b t"], # Days, increasing
     seen: Bool[Tensor, "b t h w"], # True where a date shows a pixel
@@ -330,7 +330,7 @@ def memory_decay(
         lost = now
     return torch.stack(factors, 1).unsqueeze(2)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #4544e1d5
+# %% ../../nbs/nn/32_convlstm.ipynb #8b31ccbd
 def _increasing(dates, b, t, device):
     "Dates as (b, t), or what is wrong with them."
     dates = torch.as_tensor(dates, device=device)
@@ -359,7 +359,7 @@ def _stacked(parts, sensors, name):
     if set(parts) != set(sensors): raise DataError(f"`{name}` must have the sensors {', '.join(sensors)}, got {', '.join(map(str, parts)) or 'none'}")
     return [parts[sensor] for sensor in sensors]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #963faef6
+# %% ../../nbs/nn/32_convlstm.ipynb #d01f117f
 class GapAwareConvLSTM(ConvLSTM):
     "ConvLSTM for series with clouds, uneven dates and more than one sensor."
     def __init__(self,
@@ -386,7 +386,7 @@ class GapAwareConvLSTM(ConvLSTM):
         "Logits after the last date, and the state of every layer."
         return self._answer(*self._frames(x, dates, valid), None, all_steps)[:2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #74ab4dd3
+# %% ../../nbs/nn/32_convlstm.ipynb #f112523a
 @patch
 def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     "Values with 0 for what is missing, a channel per sensor that says so, and the decay."
@@ -397,7 +397,7 @@ def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     b, t, _, height, width = x.shape
     dates = _increasing(dates, b, t, device)
     masks = _stacked(valid, self.sensors, "valid") if isinstance(valid, Mapping) else [valid]*len(widths)
-    masks = [x.new_ones(b, t, height, width, dtype=torch.bool) if mask is None else _batch_first(self, mask) for mask in masks]
+    masks = [x.new_ones(b, t, height, width, dtype=torch.bool) if mask is None else _batch_first(self, torch.as_tensor(mask, device=device)) for mask in masks]
     for mask in masks:
         check_shape(mask, "b t h w", "valid", b=b, t=t, h=height, w=width)
         if mask.dtype != torch.bool: raise DataError(f"`valid` must be boolean, True where a date shows the ground; got {mask.dtype}")
@@ -409,7 +409,7 @@ def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     decay = None if self.arguments["tau_days"] is None else memory_decay(dates, valid.any(2), self.arguments["tau_days"], self.arguments["step_days"])
     return torch.cat([x.masked_fill(~ok, 0), (~valid).to(x.dtype)], 2), None if decay is None else decay.to(_exact(x[:0]).dtype)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #923bb88d
+# %% ../../nbs/nn/32_convlstm.ipynb #a71d37a2
 def _network_of(config, path):
     "The network that the settings of a checkpoint describe."
     if missing := [key for key in ("input_channels", "hidden_channels") if key not in config]:
@@ -430,7 +430,7 @@ def _fill(net, weights, path):
     net.load_state_dict(weights)
     return net.eval()
 
-# %% ../../nbs/nn/32_convlstm.ipynb #547f0881
+# %% ../../nbs/nn/32_convlstm.ipynb #4345710d
 def load_convlstm(
     path: Path|str, # A `.pth` file with `config` and `model_state_dict`
     *,
