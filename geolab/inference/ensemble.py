@@ -6,7 +6,8 @@
 __all__ = ['METHODS', 'DOCUMENT_WEIGHTS', 'DOCUMENT_INPUTS', 'Skill', 'log_skill', 'Ensemble', 'out_of_fold', 'fit_ensemble',
            'save_ensemble', 'EnsembleModel', 'load_ensemble_model', 'combine_maps']
 
-# %% ../../nbs/inference/64_ensemble.ipynb #9fcf8707
+# %% ../../nbs/inference/64_ensemble.ipynb #c6d030fb
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Literal, Mapping, Sequence
@@ -27,7 +28,7 @@ from .windows import predict_windows
 from ..nn.convlstm import GapAwareConvLSTM
 from ..training.runs import load_model
 
-# %% ../../nbs/inference/64_ensemble.ipynb #d5ef337a
+# %% ../../nbs/inference/64_ensemble.ipynb #72cf7bec
 def _joint(logits, valid=None, names=None):
     "Names, logits (m, n) in float64 and the shape of the maps; errors name the member."
     if not isinstance(logits, Mapping) or not logits: raise DataError("`logits` must be a dict with the logits of each member by its name, at least one")
@@ -46,14 +47,15 @@ def _joint(logits, valid=None, names=None):
 
 def _calibrated(z, y):
     "Calibrator of one member, or the plain one with the reason why none fits."
-    reach = float(np.ceil(np.abs(z).max() + 1))
-    hist = ScoreHistogram(["all"], lo=-reach, hi=reach, bins=2**14).update(z[None], y[None], block=["all"])
+    parts = np.linspace(0, 1, 4096)
+    edges = np.unique(np.concatenate([np.quantile(z[group], parts, method="nearest") for group in (y, ~y) if group.any()]))  # few positives and far outliers keep bins of their own
+    hist = ScoreHistogram(["all"], edges=edges).update(z[None], y[None], block=["all"])
     try: return fit_temperature(hist), None
     except DataError as error: return Calibrator(), str(error)
 
 def _loss(z, y): return -log_expit(np.where(y, z, -z))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #9374d81c
+# %% ../../nbs/inference/64_ensemble.ipynb #8b09bbf3
 @dataclass(frozen=True)
 class Skill:
     "How much of the log-loss of the plain prevalence a score removes."
@@ -79,7 +81,7 @@ def log_skill(
     reason = "it is constant" if constant else None if value > 2*error else f"its skill, {value:.4f}, is not above twice its standard error over blocks, {error:.4f}"
     return Skill(0. if constant else float(value), float(error), reason)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #31d7921f
+# %% ../../nbs/inference/64_ensemble.ipynb #8353595a
 def _mixture(z, w):
     "Logits of the mean probability; z (m, n), weights (m, n) or (m, 1) that sum to 1."
     with np.errstate(divide="ignore"): log_w = np.log(w)
@@ -99,7 +101,7 @@ def _by_confidence(z, w):
     total = (w*_sureness(z)).sum(0)
     return np.where(total > 0, w*_sureness(z)/np.where(total > 0, total, 1), w)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #ebd517b5
+# %% ../../nbs/inference/64_ensemble.ipynb #b307df72
 METHODS = ("weighted", "conditional", "stacked", "confidence", "dynamic")
 #: Weights that the document prints: F1 over the sum of F1, with 0.10 for a network whose F1 is 0.
 DOCUMENT_WEIGHTS = {"forest_cover": .49/1.19, "change_detection": .60/1.19, "convlstm": .10/1.19}
@@ -125,7 +127,7 @@ class Ensemble:
     @property
     def members(self) -> tuple[str, ...]: return tuple(self.weights)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #b862baf6
+# %% ../../nbs/inference/64_ensemble.ipynb #9a5abfd8
 @patch
 def combine(self: Ensemble,
     logits: Mapping[str, Float[np.ndarray, "..."]|Float[Tensor, "..."]], # Logits of each member, not calibrated; all of one shape
@@ -146,7 +148,7 @@ def combine(self: Ensemble,
     def whole(values): out = np.full(keep.shape, np.nan); out[keep] = values; return out
     return dict(logits=whole(combined), probability=whole(expit(combined)), members={name: whole(row) for name, row in zip(self.members, z)}, disagreement=whole(_spread(z, w)))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #77301a53
+# %% ../../nbs/inference/64_ensemble.ipynb #3c8b7509
 @patch
 def _vector(self: Ensemble, weights): return np.array([weights[name] for name in self.members])[:, None]
 
@@ -173,10 +175,11 @@ def _conditional(self: Ensemble, z):
     last = self.members.index(self.tie_breaker)
     others, w = np.delete(z, last, 0), np.delete(self._vector(self.weights), last, 0)
     others, w = others[w[:, 0] > 0], w[w[:, 0] > 0]
+    if not len(others): return z[last]
     split = (others >= self.cut).any(0) & (others < self.cut).any(0)
     return np.where(split, z[last], _mixture(others, w/w.sum()))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #4be38731
+# %% ../../nbs/inference/64_ensemble.ipynb #9f2bba13
 def _logistic(z, y, w, sample, seed):
     "Coefficients of the meta-learner."
     from sklearn.linear_model import LogisticRegression
@@ -205,7 +208,7 @@ def _ranges(names, z, y, block, context, weights, parts=4, least=50):
         found.append(enough and _by_skill(names, z[:, inside], y[inside], block[inside]) or weights)
     return edges, tuple(found)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #2a8adeab
+# %% ../../nbs/inference/64_ensemble.ipynb #eef83f52
 def _fitted(names, raw, y, block, context, given, weights, tie_breaker, sample, seed):
     "An ensemble without judgement of its members."
     pairs = {name: (given[name], None) if given and name in given else _calibrated(row, y) for name, row in zip(names, raw)}
@@ -225,7 +228,7 @@ def _fitted(names, raw, y, block, context, given, weights, tie_breaker, sample, 
 def _can(ensemble, method):
     return dict(conditional=ensemble.tie_breaker, stacked=ensemble.meta, dynamic=ensemble.ranges).get(method, True) is not None
 
-# %% ../../nbs/inference/64_ensemble.ipynb #f51138e5
+# %% ../../nbs/inference/64_ensemble.ipynb #49ed22e7
 def out_of_fold(
     fit: Callable[[Bool[np.ndarray, " n"]], "Ensemble"], # From (mask of pixels to fit on) to an `Ensemble`
     names: Sequence[str], # Members
@@ -247,7 +250,7 @@ def out_of_fold(
     for method, there, values in parts: out[method][there] = values
     return {method: values for method, values in out.items() if np.isfinite(values).all()}
 
-# %% ../../nbs/inference/64_ensemble.ipynb #e4a071f4
+# %% ../../nbs/inference/64_ensemble.ipynb #f9d15ab2
 def fit_ensemble(
     logits: Mapping[str, Float[np.ndarray, "..."]], # Logits of each member on pixels that trained none of them
     target: np.ndarray, # Same shape, 0 or 1
@@ -275,10 +278,12 @@ def fit_ensemble(
     useless = {name: whole.skills[name].reason for name in names if whole.skills[name].reason}
     if useless and not force: raise DataError("; ".join(f"{name} has no skill: {reason}" for name, reason in useless.items()) + "; leave it out, train it anew, or take it with `force=True`")
     if tie_breaker in useless: raise DataError(f"{tie_breaker} cannot break ties: {useless[tie_breaker]}")
-    if len(names) > 1: whole.skills.update({method: log_skill(z, y, block) for method, z in out_of_fold(fit, names, raw, block, context, folds).items()})
+    if len(names) > 1:
+        try: whole.skills.update({method: log_skill(z, y, block) for method, z in out_of_fold(fit, names, raw, block, context, folds).items()})
+        except DataError as error: warnings.warn(f"the skill of the methods is unknown, since a fold of blocks cannot be left out: {error}", stacklevel=2)
     return whole
 
-# %% ../../nbs/inference/64_ensemble.ipynb #2a969660
+# %% ../../nbs/inference/64_ensemble.ipynb #8765c38c
 def _beside(x, keep, name):
     "Values at valid pixels of an array of the logits' shape, or of one value per sample."
     if x is None: return None
@@ -287,14 +292,14 @@ def _beside(x, keep, name):
     if x.shape != keep.shape: raise DataError(f"`{name}` must have the shape of the logits, {keep.shape}, got {x.shape}")
     return x[keep]
 
-# %% ../../nbs/inference/64_ensemble.ipynb #bad2f0c4
+# %% ../../nbs/inference/64_ensemble.ipynb #6710e672
 def _ensemble_of(kept):
     "An ensemble from its plain values."
     def pack(values): return None if values is None else tuple(values)
     return Ensemble(**kept | dict(calibrators={name: Calibrator.from_dict(v) for name, v in kept["calibrators"].items()}, edges=pack(kept["edges"]), ranges=pack(kept["ranges"]),
                                   skills={name: Skill(**v) for name, v in kept["skills"].items()}))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #3d6f6e6b
+# %% ../../nbs/inference/64_ensemble.ipynb #49801ffb
 DOCUMENT_INPUTS = {"forest_cover": ("current_image",), "change_detection": ("previous_image", "current_image"), "convlstm": ("temporal_sequence",)}
 
 def save_ensemble(
@@ -311,7 +316,7 @@ def save_ensemble(
     kept = dict(schema=1, ensemble=asdict(ensemble), inputs={name: list(inputs[name]) for name in ensemble.members}, bands={a: list(b) for a, b in bands.items()})
     return write_json(folder/"ensemble.json", kept | dict(hash=content_hash(kept)))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #16a98f65
+# %% ../../nbs/inference/64_ensemble.ipynb #e1bb405b
 class EnsembleModel:
     "An ensemble and its networks."
     def __init__(self,
@@ -332,7 +337,7 @@ class EnsembleModel:
         for network, _ in self.networks.values(): network.to(device)
         return self
 
-# %% ../../nbs/inference/64_ensemble.ipynb #b58d3460
+# %% ../../nbs/inference/64_ensemble.ipynb #ed162156
 @patch
 def ensemble_predict(self: EnsembleModel,
     current_image: Float[np.ndarray, "b c h w"]|Float[Tensor, "b c h w"]|None = None, # Bands as in `bands`, in the units of the training; NaN where there is nothing
@@ -353,7 +358,7 @@ def ensemble_predict(self: EnsembleModel,
     valid = np.logical_and.reduce([ok for _, ok in answers.values()])
     return self.ensemble.combine({name: z for name, (z, _) in answers.items()}, method, context=context, valid=valid)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #15d002fb
+# %% ../../nbs/inference/64_ensemble.ipynb #c73573b8
 @patch
 def _input(self: EnsembleModel, name, argument, x):
     "The scaled bands of one network, and where they are valid."
@@ -379,7 +384,7 @@ def _map_of(out, name):
     check_shape(out, "b 1 h w", f"the logits of {name}")
     return out[:, 0].float().cpu().numpy()
 
-# %% ../../nbs/inference/64_ensemble.ipynb #758f4d43
+# %% ../../nbs/inference/64_ensemble.ipynb #4a3ab14d
 def load_ensemble_model(
     path: Path|str = "runs/forest", # Folder with `ensemble.json` and `members/<name>/`
 ) -> EnsembleModel: # On the CPU
@@ -391,7 +396,7 @@ def load_ensemble_model(
     ensemble = _ensemble_of(kept["ensemble"])
     return EnsembleModel(ensemble, {name: load_model(path/"members"/name) for name in ensemble.members}, kept["inputs"], kept["bands"])
 
-# %% ../../nbs/inference/64_ensemble.ipynb #6458ab73
+# %% ../../nbs/inference/64_ensemble.ipynb #d5e7ea03
 _VRT = """<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{transform}</GeoTransform><Metadata><MDI key="sources">{stamps}</MDI></Metadata>{bands}</VRTDataset>"""
 _BAND = """<VRTRasterBand dataType="Float32" band="{k}"><Description>{name}</Description><NoDataValue>nan</NoDataValue>
 <ComplexSource><SourceFilename relativeToVRT="0">{path}</SourceFilename><SourceBand>1</SourceBand>{nodata}</ComplexSource></VRTRasterBand>"""
@@ -412,7 +417,7 @@ def _side_by_side(maps, path):
         with atomic_file(path) as aside: aside.write_text(text)
     return path
 
-# %% ../../nbs/inference/64_ensemble.ipynb #d1a46df3
+# %% ../../nbs/inference/64_ensemble.ipynb #471ab713
 def _check_maps(ensemble, maps, method, output, threshold, context):
     "Refuse what does not fit together."
     if method not in METHODS: raise ConfigError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
@@ -422,7 +427,7 @@ def _check_maps(ensemble, maps, method, output, threshold, context):
     if (method == "dynamic") != (context is not None): raise ConfigError("`context`, a raster, belongs to the method dynamic, which needs it")
     if not _can(ensemble, method): raise ConfigError(f"this ensemble was not fitted for the method {method}")
 
-# %% ../../nbs/inference/64_ensemble.ipynb #08112d7c
+# %% ../../nbs/inference/64_ensemble.ipynb #308fed73
 def combine_maps(
     ensemble: Ensemble, # How they are combined
     maps: Mapping[str, Path|str], # GeoTIFF with the logits (not calibrated) of each member, all on one grid
@@ -438,8 +443,8 @@ def combine_maps(
 ) -> Path: # `dst`; no answer where one of the maps has none
     "Join the maps of the members into one."
     _check_maps(ensemble, maps, method, output, threshold, context)
-    dst = Path(dst)
-    names = list(ensemble.members)
+    dst, names = Path(dst), list(ensemble.members)
+    if dst.exists() and not overwrite: raise ConfigError(f"{dst} exists; choose another name or ask for `overwrite=True`")
     together = _side_by_side({name: maps[name] for name in names} | ({} if context is None else dict(context=context)), dst.with_name(f".{dst.name}.members.vrt"))
     key = "disagreement" if output == "disagreement" else "logits"
     def score(images):
