@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvLSTMCell', 'ConvLSTM', 'memory_decay', 'GapAwareConvLSTM', 'load_convlstm']
 
-# %% ../../nbs/nn/32_convlstm.ipynb #d27af81a
+# %% ../../nbs/nn/32_convlstm.ipynb #7a750ab7
 import math
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, DataError, RunError, check_shape
 from .attention import AttentionPooling
 
-# %% ../../nbs/nn/32_convlstm.ipynb #6bd189f0
+# %% ../../nbs/nn/32_convlstm.ipynb #8be0c1cb
 def _exact(gates):
     "A cell sums over many dates, so it is float32 at least."
     return gates if gates.dtype == torch.float64 else gates.float()
@@ -58,7 +58,7 @@ class _Update(torch.autograd.Function):
         else: df.mul_(c).mul_(dc)
         return d.to(low), None if c is None else f*dc
 
-# %% ../../nbs/nn/32_convlstm.ipynb #b06ecc97
+# %% ../../nbs/nn/32_convlstm.ipynb #aa1ce936
 def _formula(gates, c, out):
     i, f, o, g = _exact(gates).chunk(4, 1)
     c = i.sigmoid()*g.tanh() + (0 if c is None else f.sigmoid()*c)
@@ -73,7 +73,7 @@ def _update(gates, c, compiled, out):
     if compiled: return _fused()(gates, c, out)
     return _Update.apply(gates, c) if out is None else _activate(_exact(gates), c, out)[:2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #a25e9715
+# %% ../../nbs/nn/32_convlstm.ipynb #14cae31f
 def _type(x):
     "Type in which convolutions run."
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -110,13 +110,13 @@ class _Layer:
 
     def keep(self, h): return h if self.buffer is None else h.clone()
 
-# %% ../../nbs/nn/32_convlstm.ipynb #493f5ee6
+# %% ../../nbs/nn/32_convlstm.ipynb #72fd9f6e
 def _whole(value, name):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ConfigError(f"`{name}` must be a whole number above 0, got {value!r}")
     return value
 
 def _kernel(size):
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 and side % 2 for side in pair):
         raise ConfigError(f"`kernel_size` must be odd so that frames keep their size, one side or (rows, columns) in pixels; got {size!r}")
     return pair
@@ -133,7 +133,7 @@ def _checked(x, shape, module, name="x", **sizes):
 def _state_checked(state, batch, hidden, height, width):
     for name, part in zip(("h", "c"), state): check_shape(part, "b c h w", f"{name} of the state", b=batch, c=hidden, h=height, w=width)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #5de9b52a
+# %% ../../nbs/nn/32_convlstm.ipynb #c23d5fdb
 class ConvLSTMCell(nn.Module):
     "One step of a convolutional LSTM."
     def __init__(self,
@@ -164,12 +164,13 @@ class ConvLSTMCell(nn.Module):
             h, c = layer.step(frame, *(state or (None, None)))
             return layer.keep(h), c
 
-# %% ../../nbs/nn/32_convlstm.ipynb #ca9a316d
+# %% ../../nbs/nn/32_convlstm.ipynb #383c8e8e
 def _per_layer(hidden_dim, kernel_size, num_layers):
     "Channels and kernel of every layer."
-    hidden = [hidden_dim]*(num_layers or 1) if isinstance(hidden_dim, int) else list(hidden_dim)
+    hidden = list(hidden_dim) if isinstance(hidden_dim, (list, tuple)) else [hidden_dim]*(num_layers or 1)
+    if not hidden: raise ConfigError("`hidden_dim` must have the channels of one layer at least, got none")
     layers = len(hidden) if num_layers is None else _whole(num_layers, "num_layers")
-    nested = not isinstance(kernel_size, int) and any(not isinstance(k, int) for k in kernel_size)
+    nested = isinstance(kernel_size, (list, tuple)) and any(isinstance(k, (list, tuple)) for k in kernel_size)
     kernels = [_kernel(k) for k in (kernel_size if nested else [kernel_size]*layers)]
     if not len(hidden) == len(kernels) == layers:
         raise ConfigError(f"{layers} layers need as many entries in `hidden_dim` and `kernel_size`, got {len(hidden)} and {len(kernels)}")
@@ -179,7 +180,7 @@ def _halved(x):
     "Series of images at half the resolution; an odd last row or column is kept."
     return None if x is None else F.avg_pool2d(x.flatten(0, 1), 2, ceil_mode=True).unflatten(0, x.shape[:2])
 
-# %% ../../nbs/nn/32_convlstm.ipynb #4a2b142d
+# %% ../../nbs/nn/32_convlstm.ipynb #165432e6
 class ConvLSTM(nn.Module):
     "Stacked convolutional LSTM with a 1x1 head."
     def __init__(self,
@@ -209,7 +210,7 @@ class ConvLSTM(nn.Module):
         self.final_conv = None if output_dim is None else nn.Conv2d(hidden[-1], _whole(output_dim, "output_dim"), 1)
         self.coarser = None if scales == 1 else ConvLSTM(input_dim, hidden, kernels, output_dim=output_dim, bias=bias, scales=scales - 1, **more)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #ffd329fd
+# %% ../../nbs/nn/32_convlstm.ipynb #1a230e5b
 @patch
 def forward(self: ConvLSTM,
     x: Float[Tensor, "b t c h w"], # Scaled bands by date; any number of dates, any h and w
@@ -228,7 +229,7 @@ def _frames(self: ConvLSTM, x):
     if not x.isfinite().all(): raise DataError("`x` holds NaN or infinite values; fill them, or give a mask to GapAwareConvLSTM")
     return x, None
 
-# %% ../../nbs/nn/32_convlstm.ipynb #6c9c7fab
+# %% ../../nbs/nn/32_convlstm.ipynb #66f97b4e
 def _batch_first(net, x):
     "Swaps the first two axes of a network that has time first; forth and back."
     return x if net.arguments["batch_first"] or not isinstance(x, Tensor) or x.ndim < 2 else x.transpose(0, 1)
@@ -255,7 +256,7 @@ def _read(self: ConvLSTM, x, decay, states, all_steps):
     if not all_steps: return outputs, states
     return outputs, [tuple(torch.stack(parts, 1) for parts in zip(*layer)) for layer in zip(*kept)]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #444b5adc
+# %% ../../nbs/nn/32_convlstm.ipynb #4bc8c695
 @patch
 def _scaled(self: ConvLSTM, x, decay, states, all_steps):
     "Logits, states and weights of the dates, all resolutions together."
@@ -273,7 +274,7 @@ def _pooled(pool, outputs):
     mean, weights = pool(x.permute(0, 3, 4, 1, 2).flatten(0, 2))  # every pixel is a series (t, k)
     return tuple(part.unflatten(0, (len(x), *x.shape[-2:])).movedim(-1, 1) for part in (mean, weights))
 
-# %% ../../nbs/nn/32_convlstm.ipynb #0799830b
+# %% ../../nbs/nn/32_convlstm.ipynb #8f920fda
 def _sizes(net, height, width):
     "Channels, rows and columns of every state."
     own = [(h, height, width) for h in net.arguments["hidden_dim"]]
@@ -301,7 +302,7 @@ def _answer(self: ConvLSTM, x, decay, states, all_steps):
     if all_steps: states = [tuple(_batch_first(self, part) for part in layer) for layer in states]
     return whole(logits), states, None if self.pool is None else _batch_first(self, whole(weights))
 
-# %% ../../nbs/nn/32_convlstm.ipynb #76fcdd55
+# %% ../../nbs/nn/32_convlstm.ipynb #30099e85
 @patch
 def date_weights(self: ConvLSTM,
     *inputs, # As for `forward`: the series; for `GapAwareConvLSTM` also the dates and the mask
@@ -310,7 +311,7 @@ def date_weights(self: ConvLSTM,
     if self.pool is None: raise ConfigError("this network takes the last date; build it with `attention=True` to weigh dates")
     return self._answer(*self._frames(*inputs), None, False)[2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #d9787b01
+# %% ../../nbs/nn/32_convlstm.ipynb #7ffa4d06
 def memory_decay(
     dates: Int[Tensor, "b t"], # Days, increasing
     seen: Bool[Tensor, "b t h w"], # True where a date shows a pixel
@@ -330,10 +331,11 @@ def memory_decay(
         lost = now
     return torch.stack(factors, 1).unsqueeze(2)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #8b31ccbd
+# %% ../../nbs/nn/32_convlstm.ipynb #0d288021
 def _increasing(dates, b, t, device):
     "Dates as (b, t), or what is wrong with them."
-    dates = torch.as_tensor(dates, device=device)
+    try: dates = torch.as_tensor(dates, device=device)
+    except (TypeError, ValueError) as error: raise DataError(f"`dates` must be days as numbers, for example since 1970-01-01, got {str(dates)[:40]}") from error
     if dates.ndim == 1: dates = dates.expand(b, -1)
     check_shape(dates, "b t", "dates", b=b, t=t)
     if not dates.double().isfinite().all(): raise DataError("`dates` hold NaN or infinite values; every date needs its day")
@@ -352,14 +354,15 @@ def _sensors(given):
     return sensors, names
 
 def _days(value, name):
-    if value is not None and not (0 < value < math.inf or (name == "step_days" and value == 0)): raise ConfigError(f"`{name}` must be a time in days above 0, or None, got {value!r}")
+    ok = isinstance(value, (int, float)) and (0 < value < math.inf or (name == "step_days" and value == 0))
+    if value is not None and not ok: raise ConfigError(f"`{name}` must be a time in days above 0, or None, got {value!r}")
 
 def _stacked(parts, sensors, name):
     "A dict by sensor as one tensor per sensor, in the order of the network."
     if set(parts) != set(sensors): raise DataError(f"`{name}` must have the sensors {', '.join(sensors)}, got {', '.join(map(str, parts)) or 'none'}")
     return [parts[sensor] for sensor in sensors]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #d01f117f
+# %% ../../nbs/nn/32_convlstm.ipynb #c4846eb2
 class GapAwareConvLSTM(ConvLSTM):
     "ConvLSTM for series with clouds, uneven dates and more than one sensor."
     def __init__(self,
@@ -386,7 +389,7 @@ class GapAwareConvLSTM(ConvLSTM):
         "Logits after the last date, and the state of every layer."
         return self._answer(*self._frames(x, dates, valid), None, all_steps)[:2]
 
-# %% ../../nbs/nn/32_convlstm.ipynb #f112523a
+# %% ../../nbs/nn/32_convlstm.ipynb #d7dab931
 @patch
 def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     "Values with 0 for what is missing, a channel per sensor that says so, and the decay."
@@ -397,11 +400,12 @@ def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     b, t, _, height, width = x.shape
     dates = _increasing(dates, b, t, device)
     masks = _stacked(valid, self.sensors, "valid") if isinstance(valid, Mapping) else [valid]*len(widths)
-    masks = [x.new_ones(b, t, height, width, dtype=torch.bool) if mask is None else _batch_first(self, torch.as_tensor(mask, device=device)) for mask in masks]
+    masks = [x.new_ones(b, t, height, width, dtype=torch.bool) if mask is None else _batch_first(self, mask) for mask in masks]
     for mask in masks:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise DataError(f"`valid` must be a boolean tensor, True where a date shows the ground; got {getattr(mask, 'dtype', type(mask).__name__)}")
         check_shape(mask, "b t h w", "valid", b=b, t=t, h=height, w=width)
-        if mask.dtype != torch.bool: raise DataError(f"`valid` must be boolean, True where a date shows the ground; got {mask.dtype}")
-    valid = torch.stack(masks, 2)
+    valid = torch.stack([mask.to(device) for mask in masks], 2)
     ok = valid.repeat_interleave(torch.tensor(widths, device=device), 2)
     if not (ok <= x.isfinite()).all(): raise DataError("`x` holds NaN or infinite values where `valid` is True; mark them as not valid")
     empty = (~valid.flatten(1).any(1)).nonzero()
@@ -409,7 +413,7 @@ def _frames(self: GapAwareConvLSTM, x, dates, valid=None):
     decay = None if self.arguments["tau_days"] is None else memory_decay(dates, valid.any(2), self.arguments["tau_days"], self.arguments["step_days"])
     return torch.cat([x.masked_fill(~ok, 0), (~valid).to(x.dtype)], 2), None if decay is None else decay.to(_exact(x[:0]).dtype)
 
-# %% ../../nbs/nn/32_convlstm.ipynb #a71d37a2
+# %% ../../nbs/nn/32_convlstm.ipynb #a798364c
 def _network_of(config, path):
     "The network that the settings of a checkpoint describe."
     if missing := [key for key in ("input_channels", "hidden_channels") if key not in config]:
@@ -430,7 +434,7 @@ def _fill(net, weights, path):
     net.load_state_dict(weights)
     return net.eval()
 
-# %% ../../nbs/nn/32_convlstm.ipynb #4345710d
+# %% ../../nbs/nn/32_convlstm.ipynb #a89787cf
 def load_convlstm(
     path: Path|str, # A `.pth` file with `config` and `model_state_dict`
     *,
