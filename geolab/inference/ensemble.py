@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'DOCUMENT_WEIGHTS', 'DOCUMENT_INPUTS', 'Skill', 'log_skill', 'Ensemble', 'out_of_fold', 'fit_ensemble',
            'save_ensemble', 'EnsembleModel', 'load_ensemble_model', 'combine_maps']
 
-# %% ../../nbs/inference/64_ensemble.ipynb #c6d030fb
+# %% ../../nbs/inference/64_ensemble.ipynb #73f56173
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from .windows import predict_windows
 from ..nn.convlstm import GapAwareConvLSTM
 from ..training.runs import load_model
 
-# %% ../../nbs/inference/64_ensemble.ipynb #72cf7bec
+# %% ../../nbs/inference/64_ensemble.ipynb #df1874de
 def _joint(logits, valid=None, names=None):
     "Names, logits (m, n) in float64 and the shape of the maps; errors name the member."
     if not isinstance(logits, Mapping) or not logits: raise DataError("`logits` must be a dict with the logits of each member by its name, at least one")
@@ -55,7 +55,7 @@ def _calibrated(z, y):
 
 def _loss(z, y): return -log_expit(np.where(y, z, -z))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #8b09bbf3
+# %% ../../nbs/inference/64_ensemble.ipynb #22009e99
 @dataclass(frozen=True)
 class Skill:
     "How much of the log-loss of the plain prevalence a score removes."
@@ -81,7 +81,7 @@ def log_skill(
     reason = "it is constant" if constant else None if value > 2*error else f"its skill, {value:.4f}, is not above twice its standard error over blocks, {error:.4f}"
     return Skill(0. if constant else float(value), float(error), reason)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #8353595a
+# %% ../../nbs/inference/64_ensemble.ipynb #b2c3e57d
 def _mixture(z, w):
     "Logits of the mean probability; z (m, n), weights (m, n) or (m, 1) that sum to 1."
     with np.errstate(divide="ignore"): log_w = np.log(w)
@@ -101,7 +101,7 @@ def _by_confidence(z, w):
     total = (w*_sureness(z)).sum(0)
     return np.where(total > 0, w*_sureness(z)/np.where(total > 0, total, 1), w)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #b307df72
+# %% ../../nbs/inference/64_ensemble.ipynb #48fbe3a3
 METHODS = ("weighted", "conditional", "stacked", "confidence", "dynamic")
 #: Weights that the document prints: F1 over the sum of F1, with 0.10 for a network whose F1 is 0.
 DOCUMENT_WEIGHTS = {"forest_cover": .49/1.19, "change_detection": .60/1.19, "convlstm": .10/1.19}
@@ -127,7 +127,7 @@ class Ensemble:
     @property
     def members(self) -> tuple[str, ...]: return tuple(self.weights)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #9a5abfd8
+# %% ../../nbs/inference/64_ensemble.ipynb #ee2a0aeb
 @patch
 def combine(self: Ensemble,
     logits: Mapping[str, Float[np.ndarray, "..."]|Float[Tensor, "..."]], # Logits of each member, not calibrated; all of one shape
@@ -148,7 +148,7 @@ def combine(self: Ensemble,
     def whole(values): out = np.full(keep.shape, np.nan); out[keep] = values; return out
     return dict(logits=whole(combined), probability=whole(expit(combined)), members={name: whole(row) for name, row in zip(self.members, z)}, disagreement=whole(_spread(z, w)))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #3c8b7509
+# %% ../../nbs/inference/64_ensemble.ipynb #ec9b9f8f
 @patch
 def _vector(self: Ensemble, weights): return np.array([weights[name] for name in self.members])[:, None]
 
@@ -179,7 +179,7 @@ def _conditional(self: Ensemble, z):
     split = (others >= self.cut).any(0) & (others < self.cut).any(0)
     return np.where(split, z[last], _mixture(others, w/w.sum()))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #9f2bba13
+# %% ../../nbs/inference/64_ensemble.ipynb #c0c9dfce
 def _logistic(z, y, w, sample, seed):
     "Coefficients of the meta-learner."
     from sklearn.linear_model import LogisticRegression
@@ -208,7 +208,7 @@ def _ranges(names, z, y, block, context, weights, parts=4, least=50):
         found.append(enough and _by_skill(names, z[:, inside], y[inside], block[inside]) or weights)
     return edges, tuple(found)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #eef83f52
+# %% ../../nbs/inference/64_ensemble.ipynb #a0b87b1b
 def _fitted(names, raw, y, block, context, given, weights, tie_breaker, sample, seed):
     "An ensemble without judgement of its members."
     pairs = {name: (given[name], None) if given and name in given else _calibrated(row, y) for name, row in zip(names, raw)}
@@ -228,7 +228,7 @@ def _fitted(names, raw, y, block, context, given, weights, tie_breaker, sample, 
 def _can(ensemble, method):
     return dict(conditional=ensemble.tie_breaker, stacked=ensemble.meta, dynamic=ensemble.ranges).get(method, True) is not None
 
-# %% ../../nbs/inference/64_ensemble.ipynb #49ed22e7
+# %% ../../nbs/inference/64_ensemble.ipynb #1a150855
 def out_of_fold(
     fit: Callable[[Bool[np.ndarray, " n"]], "Ensemble"], # From (mask of pixels to fit on) to an `Ensemble`
     names: Sequence[str], # Members
@@ -250,7 +250,7 @@ def out_of_fold(
     for method, there, values in parts: out[method][there] = values
     return {method: values for method, values in out.items() if np.isfinite(values).all()}
 
-# %% ../../nbs/inference/64_ensemble.ipynb #f9d15ab2
+# %% ../../nbs/inference/64_ensemble.ipynb #8d29160f
 def fit_ensemble(
     logits: Mapping[str, Float[np.ndarray, "..."]], # Logits of each member on pixels that trained none of them
     target: np.ndarray, # Same shape, 0 or 1
@@ -271,7 +271,8 @@ def fit_ensemble(
     y, block, context = (_beside(x, keep, name) for x, name in ((target, "target"), (block, "block"), (context, "context")))
     if y.dtype.kind not in "biuf" or not np.isin(y, (0, 1)).all(): raise DataError("`target` must be 0 or 1 at valid pixels")
     y, block = y.astype(bool), np.unique(block, return_inverse=True)[1]
-    if weights is not None and set(weights) != set(names): raise ConfigError(f"`weights` must name the members {', '.join(names)}, got {', '.join(weights)}")
+    _settings(names, weights, calibrators, folds, sample)
+    if context is not None and not np.isfinite(context).all(): raise DataError("`context` holds NaN or infinite values at valid pixels; mark these pixels as not valid")
     def fit(there): return _fitted(names, raw[:, there], y[there], block[there], None if context is None else context[there], calibrators, weights, tie_breaker, sample, seed)
     if not 0 < y.sum() < y.size: raise DataError(f"an ensemble is fitted on both classes, got {int(y.sum())} positives among {y.size} valid pixels")
     whole = fit(np.ones(y.size, bool))
@@ -283,7 +284,16 @@ def fit_ensemble(
         except DataError as error: warnings.warn(f"the skill of the methods is unknown, since a fold of blocks cannot be left out: {error}", stacklevel=2)
     return whole
 
-# %% ../../nbs/inference/64_ensemble.ipynb #8765c38c
+# %% ../../nbs/inference/64_ensemble.ipynb #d6f99836
+def _settings(names, weights, calibrators, folds, sample):
+    "Refuse what cannot be fitted."
+    if taken := set(names) & {*METHODS, "disagreement", "intercept"}: raise ConfigError(f"a member cannot be called {', '.join(taken)}, which names something else in the result")
+    if weights is not None and set(weights) != set(names): raise ConfigError(f"`weights` must name the members {', '.join(names)}, got {', '.join(weights)}")
+    if weights is not None and not (min(weights.values()) >= 0 and abs(sum(weights.values()) - 1) < 1e-9): raise ConfigError(f"`weights` must be 0 or more and sum to 1, got {dict(weights)}")
+    if unknown := set(calibrators or {}) - set(names): raise ConfigError(f"`calibrators` name {', '.join(unknown)}, the members are {', '.join(names)}")
+    for name, value, low in (("folds", folds, 2), ("sample", sample, 1)):
+        if not isinstance(value, int) or value < low: raise ConfigError(f"`{name}` must be a whole number of {low} or more, got {value!r}")
+
 def _beside(x, keep, name):
     "Values at valid pixels of an array of the logits' shape, or of one value per sample."
     if x is None: return None
@@ -292,14 +302,14 @@ def _beside(x, keep, name):
     if x.shape != keep.shape: raise DataError(f"`{name}` must have the shape of the logits, {keep.shape}, got {x.shape}")
     return x[keep]
 
-# %% ../../nbs/inference/64_ensemble.ipynb #6710e672
+# %% ../../nbs/inference/64_ensemble.ipynb #cd201819
 def _ensemble_of(kept):
     "An ensemble from its plain values."
     def pack(values): return None if values is None else tuple(values)
     return Ensemble(**kept | dict(calibrators={name: Calibrator.from_dict(v) for name, v in kept["calibrators"].items()}, edges=pack(kept["edges"]), ranges=pack(kept["ranges"]),
                                   skills={name: Skill(**v) for name, v in kept["skills"].items()}))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #49801ffb
+# %% ../../nbs/inference/64_ensemble.ipynb #7b4728f5
 DOCUMENT_INPUTS = {"forest_cover": ("current_image",), "change_detection": ("previous_image", "current_image"), "convlstm": ("temporal_sequence",)}
 
 def save_ensemble(
@@ -316,7 +326,7 @@ def save_ensemble(
     kept = dict(schema=1, ensemble=asdict(ensemble), inputs={name: list(inputs[name]) for name in ensemble.members}, bands={a: list(b) for a, b in bands.items()})
     return write_json(folder/"ensemble.json", kept | dict(hash=content_hash(kept)))
 
-# %% ../../nbs/inference/64_ensemble.ipynb #e1bb405b
+# %% ../../nbs/inference/64_ensemble.ipynb #fbf89646
 class EnsembleModel:
     "An ensemble and its networks."
     def __init__(self,
@@ -337,7 +347,7 @@ class EnsembleModel:
         for network, _ in self.networks.values(): network.to(device)
         return self
 
-# %% ../../nbs/inference/64_ensemble.ipynb #ed162156
+# %% ../../nbs/inference/64_ensemble.ipynb #e3460141
 @patch
 def ensemble_predict(self: EnsembleModel,
     current_image: Float[np.ndarray, "b c h w"]|Float[Tensor, "b c h w"]|None = None, # Bands as in `bands`, in the units of the training; NaN where there is nothing
@@ -358,7 +368,7 @@ def ensemble_predict(self: EnsembleModel,
     valid = np.logical_and.reduce([ok for _, ok in answers.values()])
     return self.ensemble.combine({name: z for name, (z, _) in answers.items()}, method, context=context, valid=valid)
 
-# %% ../../nbs/inference/64_ensemble.ipynb #c73573b8
+# %% ../../nbs/inference/64_ensemble.ipynb #0ace6a81
 @patch
 def _input(self: EnsembleModel, name, argument, x):
     "The scaled bands of one network, and where they are valid."
@@ -384,7 +394,7 @@ def _map_of(out, name):
     check_shape(out, "b 1 h w", f"the logits of {name}")
     return out[:, 0].float().cpu().numpy()
 
-# %% ../../nbs/inference/64_ensemble.ipynb #4a3ab14d
+# %% ../../nbs/inference/64_ensemble.ipynb #42f6e0e2
 def load_ensemble_model(
     path: Path|str = "runs/forest", # Folder with `ensemble.json` and `members/<name>/`
 ) -> EnsembleModel: # On the CPU
@@ -396,7 +406,7 @@ def load_ensemble_model(
     ensemble = _ensemble_of(kept["ensemble"])
     return EnsembleModel(ensemble, {name: load_model(path/"members"/name) for name in ensemble.members}, kept["inputs"], kept["bands"])
 
-# %% ../../nbs/inference/64_ensemble.ipynb #d5e7ea03
+# %% ../../nbs/inference/64_ensemble.ipynb #04f7b736
 _VRT = """<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{crs}</SRS><GeoTransform>{transform}</GeoTransform><Metadata><MDI key="sources">{stamps}</MDI></Metadata>{bands}</VRTDataset>"""
 _BAND = """<VRTRasterBand dataType="Float32" band="{k}"><Description>{name}</Description><NoDataValue>nan</NoDataValue>
 <ComplexSource><SourceFilename relativeToVRT="0">{path}</SourceFilename><SourceBand>1</SourceBand>{nodata}</ComplexSource></VRTRasterBand>"""
@@ -417,7 +427,7 @@ def _side_by_side(maps, path):
         with atomic_file(path) as aside: aside.write_text(text)
     return path
 
-# %% ../../nbs/inference/64_ensemble.ipynb #471ab713
+# %% ../../nbs/inference/64_ensemble.ipynb #dbc4c7a4
 def _check_maps(ensemble, maps, method, output, threshold, context):
     "Refuse what does not fit together."
     if method not in METHODS: raise ConfigError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
@@ -427,7 +437,7 @@ def _check_maps(ensemble, maps, method, output, threshold, context):
     if (method == "dynamic") != (context is not None): raise ConfigError("`context`, a raster, belongs to the method dynamic, which needs it")
     if not _can(ensemble, method): raise ConfigError(f"this ensemble was not fitted for the method {method}")
 
-# %% ../../nbs/inference/64_ensemble.ipynb #308fed73
+# %% ../../nbs/inference/64_ensemble.ipynb #f9b82e53
 def combine_maps(
     ensemble: Ensemble, # How they are combined
     maps: Mapping[str, Path|str], # GeoTIFF with the logits (not calibrated) of each member, all on one grid
