@@ -91,16 +91,21 @@ def predict(folder: RunFolder,
             output: Annotated[str, typer.Option(help="probability, logit or class.")] = "probability",
             polygons: Annotated[bool, typer.Option("--polygons", help="Also write polygons beside it, as GeoParquet and GeoJSON.")] = False,
             overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False):
-    "Map an image with a finished run. A killed prediction continues where it stopped."
-    from geolab.inference.vectorize import polygonise, write_polygons
+    "Map an image with a finished run, and say where its certificate holds. A killed prediction continues where it stopped."
+    from geolab.evaluation.calibration import Calibrator
+    from geolab.inference.gate import gate_maps
     from geolab.inference.windows import predict_raster
+    from geolab.recipes.pipeline import outline_maps
     from geolab.training.runs import Run
     finished = Run.load(folder)
     if polygons and output != "probability": raise ConfigError(f"--polygons needs --output probability, got {output}")
     print(predict_raster(finished, source, target, output=output, overwrite=overwrite))
+    t, calibrator, gate = finished.threshold, finished.calibrator or Calibrator(), None
     if polygons:
-        found = polygonise(target, finished.threshold.probability)
-        for path in write_polygons(found, target.parent, target.stem): print(path)
+        _, gate, paths = outline_maps({target.stem: target}, t, calibrator, target.parent, names=(target.stem, f"{target.stem}_gate"))
+        print(*paths, sep="\n")
+    elif output != "class" and (t.gate or {}).get("block_size_px"): gate = gate_maps(target, t, calibrator)
+    if gate: print(gate.summary())
 
 # %% ../nbs/90_cli.ipynb #5b7e4b4e
 @app.command()

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import rasterio
 
-from geolab.core import RunError, read_json, sha256_of
+from geolab.core import RunError, SplitError, read_json, sha256_of
+from geolab.data.splits import Split
+from geolab.recipes.thaw_slump import ThawSlumpConfig, Work
 from geolab.training.runs import Run
 
 SMALL = ["world.scenes=4", "world.size=448", "input_size=[64, 64]", "max_epochs=3", "steps_per_epoch=4", "batch_size=4"]
 FILES = ["config.yaml", "audit.json", "split.json", "model.safetensors", "model.json", "history.json", "scores.npz", "calibration.json", "threshold.json", "metrics.json", "samples.npz",
-         "report.html", "MODEL_CARD.md", "stages.json", "map/polygons.parquet", "map/polygons.geojson", "map/scene_0_probability.tif"]
+         "report.html", "MODEL_CARD.md", "stages.json", "gate.json", "objects.npz", "map/polygons.parquet", "map/polygons.geojson", "map/gate.geojson", "map/label_next.geojson",
+         "map/scene_0_probability.tif"]
 
 
 def command(*arguments, settings=SMALL):
@@ -85,10 +88,28 @@ def test_single_stages(tmp_path, whole):
 def test_predict_maps_another_image(tmp_path, whole):
     out, _ = whole
     source = next((out / "data").rglob("images/scene_1.tif"))
-    geolab("predict", out, source, tmp_path / "map.tif", "--polygons", settings=[])
+    said = geolab("predict", out, source, tmp_path / "map.tif", "--polygons", settings=[])
     with rasterio.open(source) as a, rasterio.open(tmp_path / "map.tif") as b:
         assert (a.crs, a.transform, a.shape) == (b.crs, b.transform, b.shape)
-    assert len(gpd.read_parquet(tmp_path / "map.parquet")) == len(gpd.read_file(tmp_path / "map.geojson"))
+    polygons, blocks = (gpd.read_parquet(tmp_path / f"{name}.parquet") for name in ("map", "map_gate"))
+    assert len(polygons) == len(gpd.read_file(tmp_path / "map.geojson"))
+    assert not polygons.certified.any()  # 16 blocks certify nothing
+    assert f"{blocks.outside.sum()} of {len(blocks)} blocks of the map are louder" in said
+
+
+@pytest.mark.parametrize("stage", ["train", "calibrate", "evaluate"])
+def test_nothing_is_trained_or_measured_without_the_certificate_of_the_split(tmp_path, whole, stage):
+    import shutil
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    work = Work(ThawSlumpConfig.parse(Run.load(out).config), out, say=lambda text: None)
+    split = Split.load(out / "split.json")
+    moved = split.tiles.index[split.tiles.part == "test"][0]
+    split.tiles.loc[moved, "part"] = "train"  # a test tile among those to train on
+    with pytest.raises(SplitError, match="does not hold"): split.check()
+    split.save(out / "split.json")
+    with pytest.raises(RunError, match="split.json"): getattr(work, stage)()
+    (out / "split.json").unlink()
+    with pytest.raises(RunError, match="split.json"): getattr(work, stage)()
 
 
 def test_an_altered_run_is_refused(tmp_path, whole):

@@ -323,7 +323,7 @@ def plot_sizes(
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
-    edges = np.unique(np.quantile(match.truth.size_px, np.linspace(0, 1, classes + 1)[:-1]).round())
+    edges = np.unique(np.quantile(match.truth.size_px, np.linspace(0, 1, classes + 1)[:-1], method="lower"))  # sizes that occur: no class is empty
     table, size = size_table(match, edges), np.sort(match.truth.size_px)
     middle = [np.sqrt(x[0]*x[-1]) for x in np.split(size, np.searchsorted(size, edges[1:]))]
     n, p, z = table.labelled.values, table.recall.values, 1.96

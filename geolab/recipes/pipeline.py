@@ -10,7 +10,7 @@ __all__ = ['OBSERVED', 'PROMISED', 'Stage', 'stage_keys', 'alone_in', 'run_stage
 # %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
 import copy, errno, shutil, time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -233,7 +233,7 @@ def choose_thresholds(
     found = {key: choose_threshold(hist, target_precision, None if key == OBSERVED else key, **options) for key in dict.fromkeys([OBSERVED, *map(str, ratios)])}
     order = [wanted, OBSERVED] if found[wanted].certified else [OBSERVED, wanted]
     chosen = next((key for key in order if found[key].logit is not None), None)
-    if chosen is None: chosen, found["best f0.5"] = "best f0.5", best_f(hist, target_precision, calibrator)
+    if chosen is None: chosen, found["best f0.5"] = "best f0.5", replace(best_f(hist, target_precision, calibrator), gate=found[OBSERVED].gate)
     return chosen, found | {PROMISED: certify_best(hist, None, **options)}
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #02ac3588
@@ -295,16 +295,17 @@ def outline_maps(
     folder: Path, # Where to write
     *,
     min_pixels: int = 1, # Smaller objects are left out
+    names: tuple[str, str] = ("polygons", "gate"), # Of the files
 ) -> tuple[list[gpd.GeoDataFrame], MapGate|None, list[Path]]: # Polygons of each scene; gate, if the threshold has one; files
     "Polygons of maps, and where the certificate holds."
     gate = gate_maps(list(maps.values()), threshold, calibrator or Calibrator()) if (threshold.gate or {}).get("block_size_px") else None
     found = [polygonise(path, threshold.probability, min_pixels=min_pixels).assign(scene=scene) for scene, path in maps.items()]
     found = [p.assign(certified=gate.certified(p, k) if gate else False) for k, p in enumerate(found)]
-    tables = dict(polygons=found) | (dict(gate=[b.assign(scene=scene) for scene, b in zip(maps, gate.blocks)]) if gate else {})
+    tables = {names[0]: found} | ({names[1]: [b.assign(scene=scene) for scene, b in zip(maps, gate.blocks)]} if gate else {})
     together, paths = len({p.crs.to_wkt() for p in found}) == 1, []
     for name, parts in tables.items():
         files = {name: gpd.GeoDataFrame(pd.concat(parts, ignore_index=True))} if together else {f"{name}_{scene}": part for scene, part in zip(maps, parts)}
-        if together and name == "polygons": files[name] = files[name].assign(id=lambda all: range(len(all)))
+        if together and name == names[0]: files[name] = files[name].assign(id=lambda all: range(len(all)))
         paths += [path for stem, table in files.items() for path in write_polygons(table, folder, stem)]
     return found, gate, paths
 
