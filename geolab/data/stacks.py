@@ -78,6 +78,7 @@ class Stack:
     report: dict = field(default_factory=dict) # What was done: shares that were clipped, filled ...
 
     def __post_init__(self):
+        if np.asarray(self.image).dtype.kind not in "biuf": raise DataError(f"`image` must hold real numbers, got {np.asarray(self.image).dtype}")
         self.image = np.asarray(self.image, np.float32)
         t, c, h, w = check_shape(self.image, "t c h w", "image").values()
         if self.image.size == 0: raise DataError(f"`image` is empty, its shape is {self.image.shape}")
@@ -138,9 +139,12 @@ def read(self: Stack,
     return replace(self, image=part(self.image), valid=part(self.valid), filled=part(self.filled), info=info, report=dict(self.report))
 
 @patch
-def sample(self: Stack) -> dict: # `image` (t, c, h, w) float32, `dates` (t,) int64, `valid` (t, h, w) bool, `id`
+def sample(self: Stack,
+    *,
+    count_filled: bool = False, # Call filled pixels valid, for networks that know no gaps: `Augment` empties what is not valid
+) -> dict: # `image` (t, c, h, w) float32, `dates` (t,) int64, `valid` (t, h, w) bool, `id`
     "The tensors that networks and `Augment` take."
-    return dict(image=torch.from_numpy(self.image.copy()), dates=torch.from_numpy(self.dates.copy()), valid=torch.from_numpy(self.valid.copy()), id=self.id)
+    return dict(image=torch.from_numpy(self.image.copy()), dates=torch.from_numpy(self.dates.copy()), valid=torch.from_numpy(self.valid | self.filled if count_filled else self.valid.copy()), id=self.id)
 
 # %% ../../nbs/data/14_stacks.ipynb #47e2df38
 def merge_same_day(
@@ -221,7 +225,7 @@ def choose_steps(
     clear = np.asarray(clear, np.float64)
     check_shape(clear, "t", "clear")
     days = check_dates(dates, len(clear))
-    if not (steps >= 1 and 1 <= min_gap_days <= max_gap_days): raise ConfigError(f"need `steps` from 1 and 1 <= `min_gap_days` <= `max_gap_days`, got {steps}, {min_gap_days}, {max_gap_days}")
+    if not (steps >= 1 and steps == int(steps) and 1 <= min_gap_days <= max_gap_days): raise ConfigError(f"need a whole number of `steps` from 1 and 1 <= `min_gap_days` <= `max_gap_days`, got {steps}, {min_gap_days}, {max_gap_days}")
     for name, value in (("min_clear", min_clear), *(("clear", share) for share in clear)):
         if not 0 <= value <= 1: raise DataError(f"`{name}` must be a share from 0 to 1, got {value}")
     usable, runs, free = clear >= min_clear, [], 0
@@ -366,7 +370,7 @@ def check_registration(
     warn_px: float = .5, # Larger shifts are warned of
     refuse_px: float = 2., # Larger shifts are an error
 ) -> list[Shift]: # One per date, against the clearest date
-    "Measure how far the dates lie from each other; warn, or refuse."
+    "Measure how far the dates lie from each other; warn, also where nothing could be measured, or refuse."
     if not 0 < warn_px <= refuse_px: raise ConfigError(f"need 0 < `warn_px` <= `refuse_px`, got {warn_px} and {refuse_px}")
     band = band or stack.bands[-1]
     if band not in stack.bands: raise DataError(f"{stack.id} has no band `{band}`; it has {', '.join(stack.bands)}")
@@ -376,8 +380,10 @@ def check_registration(
     def list_over(limit): return [f"{iso(day)} by {s.size:.1f} px" for day, s in zip(stack.dates, shifts) if s.known and s.size > limit]
     if far := list_over(refuse_px):
         raise DataError(f"{stack.id}: {len(far)} of {len(shifts)} dates lie more than {refuse_px:g} px from {iso(stack.dates[reference])}: {', '.join(far[:5])}; align them, or leave them out")
-    if far := list_over(warn_px):
-        unknown = sum(not s.known for s in shifts)
+    unknown = sum(not s.known for s in shifts)
+    if unknown and unknown >= len(shifts) - 1:
+        warnings.warn(f"{stack.id}: no shift could be measured; the images may be too small, too cloudy or too different in `{band}`", stacklevel=2)
+    elif far := list_over(warn_px):
         warnings.warn(f"{stack.id}: {len(far)} of {len(shifts)} dates lie more than {warn_px:g} px from {iso(stack.dates[reference])}: {', '.join(far[:5])}"
                       + (f"; {unknown} could not be measured" if unknown else ""), stacklevel=2)
     return shifts
