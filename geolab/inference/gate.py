@@ -12,7 +12,6 @@ from typing import Sequence
 
 import geopandas as gpd
 import numpy as np
-import pandas as pd
 import pyproj
 import shapely
 from jaxtyping import Bool
