@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pooled', 'nearest_tiles', 'neighbours', 'SmoteTiles', 'class_shares', 'smote_tiles', 'JoinedTiles']
 
-# %% ../../nbs/data/17_smote.ipynb #603989f1
+# %% ../../nbs/data/17_smote.ipynb #cef392fe
 import math, warnings
 from dataclasses import dataclass
 from typing import Callable, Literal, Sequence
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from ..core import ConfigError, DataError, check_shape
 from .sampling import class_counts, in_unit, share_gap
 
-# %% ../../nbs/data/17_smote.ipynb #543c5c38
+# %% ../../nbs/data/17_smote.ipynb #67a49698
 def pooled(
     image: Float[Tensor, "c h w"], # Scaled bands
     valid: Bool[Tensor, "h w"], # What counts
@@ -31,7 +31,7 @@ def pooled(
     known = F.adaptive_avg_pool2d(valid[None].float(), cells)
     return (F.adaptive_avg_pool2d(image.masked_fill(~valid, 0), cells)/known.where(known > 0, torch.nan)).flatten()
 
-# %% ../../nbs/data/17_smote.ipynb #2bb9ebda
+# %% ../../nbs/data/17_smote.ipynb #601fc6ed
 def nearest_tiles(
     read: Callable[[int], Float[np.ndarray, " d"]], # Gives tile number i, flat, float32; a view costs no memory
     n: int, # Number of tiles, more than `k`
@@ -51,7 +51,7 @@ def nearest_tiles(
         found[i] = near[np.argsort(row[near], kind="stable")][:k]
     return found
 
-# %% ../../nbs/data/17_smote.ipynb #eb7fcb53
+# %% ../../nbs/data/17_smote.ipynb #8baf0d68
 def _distances(read, n, memory_mb):
     "Squared distances between tiles, and how far they may be off: about ten times what was seen."
     first = read(0)
@@ -79,7 +79,7 @@ def _products(here, there, centre, strip=4096):
         total += buffers[0][:, :width] @ buffers[-1][:, :width].T
     return total
 
-# %% ../../nbs/data/17_smote.ipynb #33c6a426
+# %% ../../nbs/data/17_smote.ipynb #353c7e82
 def _flat(sample, bands):
     "A tile as one row; what is not valid has the mean of its band, so that it neither draws near nor pushes away."
     image, valid = sample["image"][bands], sample["valid"]
@@ -97,7 +97,7 @@ def _nearest(points, k):
     from imblearn.utils import check_neighbors_object
     return check_neighbors_object("k", k, additional_neighbor=1).fit(points).kneighbors(n_neighbors=k, return_distance=False)
 
-# %% ../../nbs/data/17_smote.ipynb #fb232402
+# %% ../../nbs/data/17_smote.ipynb #1851106e
 def neighbours(
     source: Dataset, # Samples with `image` and `valid`
     rows: Sequence[int], # Which of them are compared, more than `k`
@@ -119,7 +119,7 @@ def neighbours(
     if space == "tiles": return nearest_tiles(read, len(rows), k, memory_mb=memory_mb)
     return _nearest(_components(_distances(read, len(rows), memory_mb)[0], detail), k)
 
-# %% ../../nbs/data/17_smote.ipynb #7c0400e8
+# %% ../../nbs/data/17_smote.ipynb #e7dacb2e
 class SmoteTiles(Dataset):
     "Tiles between two tiles each, as samples with soft masks."
     def __init__(self,
@@ -146,7 +146,7 @@ class SmoteTiles(Dataset):
         mask = torch.lerp(*(class_shares(s["mask"], valid, self.classes) for s in (a, b)), float(lam))
         return dict(image=image if valid.all() else image.masked_fill(~valid, 0), mask=mask, valid=valid, block=self._names[1][i], id=self._names[0][i])
 
-# %% ../../nbs/data/17_smote.ipynb #c7f646ca
+# %% ../../nbs/data/17_smote.ipynb #99893aa3
 def class_shares(
     mask: Tensor, # (h, w): classes as whole numbers, or the share of class 1 of two; (k, h, w): shares of K classes
     valid: Bool[Tensor, "h w"], # What counts
@@ -165,7 +165,7 @@ def class_shares(
     if mask.min() < 0 or mask.max() >= classes: raise DataError(f"a mask of {classes} classes must hold 0 to {classes - 1}, got {mask.min()} to {mask.max()}")
     return mask.float() if classes == 2 else F.one_hot(mask, classes).permute(2, 0, 1).float()
 
-# %% ../../nbs/data/17_smote.ipynb #8c2fb5d0
+# %% ../../nbs/data/17_smote.ipynb #c527da6a
 def smote_tiles(
     source: Dataset, # Samples of the train tiles as read, not augmented: `image` (c, h, w) float32, `mask`, `valid`, `id`
     tiles: pd.DataFrame, # Their rows of the tile index, in the same order
@@ -199,7 +199,7 @@ def smote_tiles(
     note = f"between {len(parents.rows)} parents" + (f" ({parents.copies} copies left out)" if parents.copies else "")
     return _made(source, tiles, column, classes, categorical, note, seed, [(parents.rows[i], parents.rows[j], lam) for i, j, lam in pairs], counts)
 
-# %% ../../nbs/data/17_smote.ipynb #01bc15b0
+# %% ../../nbs/data/17_smote.ipynb #7d5fc06e
 def _refuse(source, tiles, seed, *, space, k, target, classes, stratum):
     "What can be refused before anything is read."
     if len(source) != len(tiles): raise DataError(f"`source` has {len(source)} samples, `tiles` {len(tiles)} rows; they must belong together")
@@ -219,7 +219,7 @@ def _made(source, tiles, column, classes, categorical, note, seed, pairs, counts
                               second=np.array(second, int), lam=np.array(lam, float)) | {column: [float(h) for h, _ in counts]})
     return SmoteTiles(source, table, classes, categorical, note)
 
-# %% ../../nbs/data/17_smote.ipynb #126ea8f1
+# %% ../../nbs/data/17_smote.ipynb #7f2509e3
 @dataclass
 class _Parents:
     "Distinct tiles of the class."
@@ -234,7 +234,7 @@ class _Parents:
         ids, seen, kept, held, valids = tiles.id.tolist(), {}, [], [], []
         for row in rows:
             image, share, valid, key = _checked(source[int(row)], ids[row], target, classes)
-            if abs(float(share.sum()) - pixels[row]) > 1e-3*(1 + pixels[row]):
+            if min(abs(float(share.sum()) - pixels[row]), abs(float((share > 0).sum()) - pixels[row])) > 1e-3*(1 + pixels[row]):  # the index counts a soft mask where it is above 0
                 raise DataError(f"tile {ids[row]} holds {float(share.sum()):.6g} pixels of class {target}, its row says {pixels[row]:.6g}; does `column` count that class, and do rows and samples belong together?")
             if held and valid.shape != valids[0].shape: raise DataError(f"tile {ids[row]} has {tuple(valid.shape)} pixels, the first {tuple(valids[0].shape)}; pad tiles to one size")
             if any(_same(source[int(other)], image, valid) for other in seen.get(key, [])): continue
@@ -245,7 +245,7 @@ class _Parents:
         groups = [np.flatnonzero(by == value) for value in pd.unique(by)]
         return cls(kept, held, valids, len(rows) - len(kept), _large(groups, by, k, stratum, len(kept)))
 
-# %% ../../nbs/data/17_smote.ipynb #c5b618d5
+# %% ../../nbs/data/17_smote.ipynb #9a9e2cd0
 def _checked(sample, id, target, classes):
     "Image (0 where not valid), share of the class, valid and sum of a sample, or a `DataError` that names the tile."
     if sample["id"] != id: raise DataError(f"the sample of row {id} is {sample['id']}; `source` and `tiles` must be in the same order")
@@ -273,7 +273,7 @@ def _large(groups, by, k, stratum, n):
     if left := n - sum(map(len, large)): warnings.warn(f"{left} of {n} distinct tiles of the class lie in a {stratum} with {k} or fewer, and become no parents", stacklevel=4)
     return large
 
-# %% ../../nbs/data/17_smote.ipynb #91310458
+# %% ../../nbs/data/17_smote.ipynb #e30f8364
 def _draw(near, parents, share, unit, rich, missing, gain, seed, rounds=20):
     "Pairs (i, j, lambda) and their pixels (of the class, valid), drawn as imbalanced-learn does, until what is missing is made up."
     rng, places = np.random.RandomState(seed % 2**32), np.flatnonzero(near[:, 0] >= 0)
@@ -291,7 +291,7 @@ def _draw(near, parents, share, unit, rich, missing, gain, seed, rounds=20):
             if missing <= 1e-9: return pairs, counts
     raise ConfigError(f"the share of {share:.2%} was not reached in {rounds} rounds: too few pairs of parents have valid ground in common; lower `share`, or leave tiles with much nodata out")
 
-# %% ../../nbs/data/17_smote.ipynb #63652448
+# %% ../../nbs/data/17_smote.ipynb #76a2190d
 class JoinedTiles(Dataset):
     "Real tiles, and made ones after them."
     def __init__(self,
