@@ -6,7 +6,7 @@
 __all__ = ['check_steps', 'TemporalSelfAttention', 'AttentionPooling', 'plot_attention', 'SpatialAttentionModule',
            'plot_spatial_attention', 'CrossModalAttention', 'DeletionCurves', 'deletion_test', 'plot_deletion']
 
-# %% ../../nbs/nn/31_attention.ipynb #2836dd23
+# %% ../../nbs/nn/31_attention.ipynb #920c2d6c
 import math
 from dataclasses import dataclass
 from typing import Any, Callable, Literal, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_shape
 
-# %% ../../nbs/nn/31_attention.ipynb #7363a291
+# %% ../../nbs/nn/31_attention.ipynb #562c2bfb
 def _whole(value, name):
     if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ConfigError(f"`{name}` must be a whole number above 0, got {value!r}")
     return value
@@ -55,7 +55,7 @@ def _explain(x, valid):
     raise DataError(f"`sequence` holds {x[item, step, channel].item()} at item {item}, step {step}, channel {channel}; fill the gap or mark the step as not valid "
         "(inside a network whose input is finite: the weights have diverged)")
 
-# %% ../../nbs/nn/31_attention.ipynb #41f987c5
+# %% ../../nbs/nn/31_attention.ipynb #a261d6c6
 def check_steps(
     sequence: Float[Tensor, "b t c"], # Padding may hold any value
     lengths: Int[Tensor, " b"]|Sequence[int]|None = None, # Steps of each series, 1 to t; the padding follows them
@@ -75,7 +75,7 @@ def check_steps(
     if not (valid.any(1).all() & sequence.isfinite().all()): _explain(sequence, valid)
     return sequence, valid
 
-# %% ../../nbs/nn/31_attention.ipynb #4957a184
+# %% ../../nbs/nn/31_attention.ipynb #7e5f36fa
 def _softmax(scores, keep):
     "Softmax over the places to `keep`, in float32 (float64 stays); the others get 0."
     return (scores if scores.dtype == torch.float64 else scores.float()).masked_fill(~keep, -torch.inf).softmax(-1)
@@ -88,7 +88,7 @@ def _divided(channels, heads):
         raise ConfigError(f"`heads` must divide the {channels} channels, got {heads!r}; for example {[n for n in (1, 2, 4, 8) if channels % n == 0]}")
     return heads
 
-# %% ../../nbs/nn/31_attention.ipynb #cfeae728
+# %% ../../nbs/nn/31_attention.ipynb #63b2e028
 class TemporalSelfAttention(nn.Module):
     "Multi-head self-attention over the steps of a series; padding is left out."
     def __init__(self,
@@ -123,7 +123,7 @@ class TemporalSelfAttention(nn.Module):
         else: mixed, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=p), None
         return self.out(mixed.transpose(1, 2).flatten(2)).masked_fill(~valid[..., None], 0), weights
 
-# %% ../../nbs/nn/31_attention.ipynb #4b045f64
+# %% ../../nbs/nn/31_attention.ipynb #d9e3a8f7
 class AttentionPooling(nn.Module):
     "Weighted mean over the steps of a series, with weights that it computes from the steps."
     def __init__(self,
@@ -145,7 +145,7 @@ class AttentionPooling(nn.Module):
         weights = _softmax(self.score(x)[..., 0], valid)
         return (weights.to(x.dtype)[:, None]@x)[:, 0], weights
 
-# %% ../../nbs/nn/31_attention.ipynb #ed9d1223
+# %% ../../nbs/nn/31_attention.ipynb #6ff7fa2d
 def _edges(at):
     "Borders of the cells around increasing positions, which may be dates."
     half = np.diff(at)/2 if len(at) > 1 else np.array([12*3600 if at.dtype.kind == "M" else .5]).astype("m8[s]" if at.dtype.kind == "M" else float)
@@ -179,7 +179,7 @@ def _behind(ax, at, series, value):
     other.plot(at, series, color="#0072B2", lw=1.2)
     other.set_ylabel(value, color="#0072B2")
 
-# %% ../../nbs/nn/31_attention.ipynb #b255c09d
+# %% ../../nbs/nn/31_attention.ipynb #118a34c5
 def plot_attention(
     weights: Float[Tensor, "t t"]|Float[Tensor, " t"], # Of one series: who looks (rows) at whom (columns), or one weight per step
     ax=None, # Axes to draw on; `None` makes them
@@ -211,7 +211,7 @@ def plot_attention(
     if event is not None: ax.axvline(np.asarray(event, at.dtype).item(), color="#D55E00", ls="--", lw=1.5)
     return ax
 
-# %% ../../nbs/nn/31_attention.ipynb #2db54dc5
+# %% ../../nbs/nn/31_attention.ipynb #ad9e2fff
 def _check_map(x, name, channels):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DataError(f"`{name}` must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -219,7 +219,7 @@ def _check_map(x, name, channels):
     if not x.numel(): raise DataError(f"`{name}` is empty, {tuple(x.shape)}")
     return sizes["b"], sizes["h"], sizes["w"]
 
-# %% ../../nbs/nn/31_attention.ipynb #fae8cfb2
+# %% ../../nbs/nn/31_attention.ipynb #bc5426c9
 class SpatialAttentionModule(nn.Module):
     "Gates for the channels, then for the pixels, of a feature map."
     def __init__(self,
@@ -255,7 +255,7 @@ class SpatialAttentionModule(nn.Module):
         channel, spatial = self.gates(features)
         return features*channel[..., None, None]*spatial[:, None]
 
-# %% ../../nbs/nn/31_attention.ipynb #7b6b7019
+# %% ../../nbs/nn/31_attention.ipynb #dc1eaf73
 def plot_spatial_attention(
     gate: Float[Tensor, "h w"], # Spatial gate of one image, of any resolution
     image: Float[np.ndarray, "height width"]|Float[np.ndarray, "height width 3"], # What it belongs to; colours in [0, 1]
@@ -277,7 +277,7 @@ def plot_spatial_attention(
     ax.set(xlabel="column (pixel)", ylabel="row (pixel)")
     return ax
 
-# %% ../../nbs/nn/31_attention.ipynb #9cc15320
+# %% ../../nbs/nn/31_attention.ipynb #f3804018
 _WAVELENGTHS = tuple(float(w) for w in np.geomspace(4, 512, 8))  # of the position code, in pixels
 
 def _place_code(h, w, high, wide, like):
@@ -303,6 +303,7 @@ def _map_valid(valid, other):
     check_shape(valid, *(("b", "valid") if valid.ndim == 1 else ("b h w", "valid")), **(dict(b=b) if valid.ndim == 1 else dict(b=b, h=h, w=w)))
     return valid.to(other.device).reshape(b, *valid.shape[1:] or (1, 1)).expand(b, h, w)
 
+# %% ../../nbs/nn/31_attention.ipynb #9f9bbcfc
 def _check_pair(net, features, other):
     "Both maps, and the size (h, w) of the first."
     b, h, w = _check_map(features, "features", net.channels)
@@ -321,7 +322,7 @@ def _tokens(net, features, cells, seen):
     keep = seen | ~seen.any(1, keepdim=True)  # nothing seen: look anywhere, the result is dropped
     return *(_in_heads(x, net.heads) for x in (q, k, v)), keep[:, None, None]
 
-# %% ../../nbs/nn/31_attention.ipynb #d391be45
+# %% ../../nbs/nn/31_attention.ipynb #c489bae6
 class CrossModalAttention(nn.Module):
     "Pixels of one sensor look at the map of another, and add what they find; starts as the identity."
     def __init__(self,
@@ -359,10 +360,9 @@ class CrossModalAttention(nn.Module):
         found = self.out(mixed.transpose(1, 2).flatten(2)).mT.unflatten(2, (h, w))
         missing = ~seen.flatten(1).any(1)
         result = features + found.masked_fill(missing[:, None, None, None], 0)
-        if not need_weights: return result
-        return result, weights.mean(1).masked_fill(missing[:, None, None], 0).unflatten(2, tuple(seen.shape[1:])).unflatten(1, (h, w))
+        return result if not need_weights else (result, weights.mean(1).masked_fill(missing[:, None, None], 0).unflatten(2, tuple(seen.shape[1:])).unflatten(1, (h, w)))
 
-# %% ../../nbs/nn/31_attention.ipynb #e2e0e467
+# %% ../../nbs/nn/31_attention.ipynb #e7f30eb6
 @dataclass(frozen=True)
 class DeletionCurves:
     "Changes of the logit as steps are taken out: after minus before, by series and share of steps."
@@ -381,7 +381,7 @@ class DeletionCurves:
         n = len(self.most)
         return self._ahead().std(0, ddof=1)/np.sqrt(n) if n > 1 else np.full(len(self.share), np.nan)
 
-# %% ../../nbs/nn/31_attention.ipynb #191b1c3d
+# %% ../../nbs/nn/31_attention.ipynb #ddfae5ae
 def _read(predict, sequence, valid):
     "Logits (n,) and one weight per step (n, t), checked."
     answer, (n, t) = predict(sequence, valid), valid.shape
@@ -410,7 +410,7 @@ def _check_test(shares, how, draws):
     if not shares or not all(0 < share < 1 for share in shares): raise ConfigError(f"`shares` must lie between 0 and 1, got {shares}")
     return shares, _whole(draws, "draws")
 
-# %% ../../nbs/nn/31_attention.ipynb #aee7ed5d
+# %% ../../nbs/nn/31_attention.ipynb #28ff130d
 @torch.no_grad()
 def deletion_test(
     predict: Callable, # (sequence (n, t, c), valid (n, t)) to (logits (n,) or (n, 1), weights (n, t) or (n, t, t)), without dropout
@@ -439,7 +439,7 @@ def deletion_test(
         return np.stack([_read(predict, *_altered(sequence, valid, torch.from_numpy(out).to(valid.device), how, rng))[0] - logits for out in gone], 1)
     return DeletionCurves(np.array(shares, float), change(weights), change(-weights), np.stack([change(rng.random(weights.shape)) for _ in range(draws)]))
 
-# %% ../../nbs/nn/31_attention.ipynb #9b7fb438
+# %% ../../nbs/nn/31_attention.ipynb #ea14c928
 def plot_deletion(
     curves: DeletionCurves, # From `deletion_test`
     ax=None, # Axes to draw on; `None` makes them
