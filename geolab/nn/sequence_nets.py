@@ -6,9 +6,9 @@
 __all__ = ['ExactLSTM', 'MaskedBatchNorm', 'ConvBiLSTMAttention', 'LSTMConfig', 'create_default_lstm_config', 'LSTMModelVariants',
            'SteelDefectLSTM']
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #1a7dbcfb
+# %% ../../nbs/nn/33_sequence_nets.ipynb #b2078ec4
 from pathlib import Path
-from typing import Any, Iterable, Literal, Sequence
+from typing import Annotated, Any, Iterable, Literal, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from ..core import Config, ConfigError, DataError, load_yaml, nearest
 from .attention import AttentionPooling, TemporalSelfAttention, check_steps
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #75104a49
+# %% ../../nbs/nn/33_sequence_nets.ipynb #c7d0d1d5
+def _check_sizes(dropout, **sizes):
+    "Refuse sizes that are not whole numbers above 0, and dropout outside [0, 1)."
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1: raise ConfigError(f"`{name}` must be a whole number above 0, got {size!r}")
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1): raise ConfigError(f"`dropout` must be a share from 0 to below 1, got {dropout!r}")
+
 def _stages(lengths, n=4):
     "Spans of time (start, stop, series that take part), for lengths in falling order."
     stops = sorted({lengths[len(lengths)*i//n] for i in range(n)})
@@ -44,7 +50,7 @@ def _run(layer, rows, stages):
         parts.append(y.flatten(0, 1))
     return torch.cat(parts)
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #d852710a
+# %% ../../nbs/nn/33_sequence_nets.ipynb #e47599b9
 class ExactLSTM(nn.Module):
     "An LSTM over series of different lengths, in one direction or both; padding changes nothing."
     def __init__(self,
@@ -56,6 +62,7 @@ class ExactLSTM(nn.Module):
         dropout: float = 0., # Share of the output of each layer but the last that training leaves out
     ):
         super().__init__()
+        _check_sizes(dropout, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         self.input_size, self.channels = input_size, hidden_size*(1 + bidirectional)
         sizes = [input_size] + [self.channels]*(num_layers - 1)
         def stack(): return nn.ModuleList(nn.LSTM(size, hidden_size) for size in sizes)
@@ -79,7 +86,7 @@ class ExactLSTM(nn.Module):
         rows = rows.masked_fill(~counts[:, None], 0)
         return rows.new_zeros(*valid.shape, self.channels).index_put((who, step), rows)
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #68f28742
+# %% ../../nbs/nn/33_sequence_nets.ipynb #fb060aae
 @patch(cls_method=True)
 def from_torch(cls: ExactLSTM,
     lstm: nn.LSTM, # With biases and without projection
@@ -91,7 +98,7 @@ def from_torch(cls: ExactLSTM,
         for i, layer in enumerate(stack): layer.load_state_dict({name: getattr(lstm, name.replace("_l0", f"_l{i}") + end) for name in layer.state_dict()})
     return net
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #7d1264d1
+# %% ../../nbs/nn/33_sequence_nets.ipynb #e8a59842
 class MaskedBatchNorm(nn.BatchNorm1d):
     "Batch normalisation over the steps that count; 0 elsewhere."
     def forward(self,
@@ -104,7 +111,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         rows = super().forward(rows)
         return rows.new_zeros(*valid.shape, rows.shape[1]).index_put((valid,), rows)
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #40cd5a26
+# %% ../../nbs/nn/33_sequence_nets.ipynb #8e3de1b8
 class _ConvBlock(nn.Module):
     "Convolution over three steps with a shortcut."
     def __init__(self, channels, filters, dropout):
@@ -122,7 +129,7 @@ def _as_input(sequence, network):
     if isinstance(sequence, np.ndarray): return torch.as_tensor(sequence, dtype=p.dtype, device=p.device)
     return sequence.to(p.dtype) if isinstance(sequence, Tensor) and sequence.is_floating_point() else sequence
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #8ab1b848
+# %% ../../nbs/nn/33_sequence_nets.ipynb #b1911381
 class ConvBiLSTMAttention(nn.Module):
     "Residual convolutions over time, a bidirectional LSTM, self-attention, and one logit for the series."
     def __init__(self,
@@ -134,6 +141,7 @@ class ConvBiLSTMAttention(nn.Module):
         heads: int = 4, # Attentions side by side; must divide 2 * lstm_units
     ):
         super().__init__()
+        _check_sizes(dropout, input_dim=input_dim, conv_filters=conv_filters, lstm_units=lstm_units)
         width = 2*lstm_units
         self.blocks = nn.ModuleList([_ConvBlock(input_dim, conv_filters, dropout), _ConvBlock(conv_filters, conv_filters, dropout)])
         self.lstm = ExactLSTM(conv_filters, lstm_units, 2, dropout=dropout)
@@ -158,7 +166,7 @@ class ConvBiLSTMAttention(nn.Module):
         logits = self.head(x.sum(1)/count[:, None])
         return (logits, weights) if return_attention else logits
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #adde06ef
+# %% ../../nbs/nn/33_sequence_nets.ipynb #e51c2e76
 class _Architecture(Config):
     input_size: int = Field(5, ge=1)
     hidden_size: int = Field(64, ge=1)
@@ -167,7 +175,7 @@ class _Architecture(Config):
     dropout: float = Field(.2, ge=0, lt=1)
 
 class _Classifier(Config):
-    hidden_dims: tuple[int, ...] = (32, 16)
+    hidden_dims: tuple[Annotated[int, Field(ge=1)], ...] = (32, 16)
     activation: Literal["relu", "leaky_relu", "gelu", "tanh"] = "relu"
     dropout: float = Field(.3, ge=0, lt=1)
 
@@ -191,7 +199,7 @@ class _DataProcessing(Config):
     normalization: Literal["z_score", "none"] = "z_score"
     padding: Literal["zero"] = "zero"
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #de48f525
+# %% ../../nbs/nn/33_sequence_nets.ipynb #33aad037
 class LSTMConfig(Config):
     "The configuration of the casting document; sections and keys that are left out keep its values."
     architecture: _Architecture = _Architecture()
@@ -215,7 +223,7 @@ def create_default_lstm_config() -> dict: # Plain values, to be changed and give
     "The configuration of the document."
     return LSTMConfig().plain()
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #5aea67d1
+# %% ../../nbs/nn/33_sequence_nets.ipynb #4443e1fd
 class LSTMModelVariants:
     "Configurations to start from, as plain dicts."
     @staticmethod
@@ -233,7 +241,7 @@ class LSTMModelVariants:
     @staticmethod
     def lightweight_lstm() -> dict: return LSTMModelVariants._with(dict(hidden_dims=[16]), hidden_size=32, num_layers=1, bidirectional=False)
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #fceba7b5
+# %% ../../nbs/nn/33_sequence_nets.ipynb #21922f97
 class _InputNorm(nn.Module):
     "Mean and deviation of each channel, stored with the weights."
     def __init__(self, channels):
@@ -257,7 +265,7 @@ def _classifier(width, config):
     for wide, narrow in zip(sizes, sizes[1:]): layers += [nn.Linear(wide, narrow), activation(), nn.Dropout(config.dropout)]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #1270a9a6
+# %% ../../nbs/nn/33_sequence_nets.ipynb #ea3b075b
 class SteelDefectLSTM(nn.Module):
     "LSTM over sensor series of 100 to 500 steps, attention pooling, and one logit; built from a configuration."
     def __init__(self,
@@ -297,14 +305,14 @@ class SteelDefectLSTM(nn.Module):
         self._attention = None if self.training else weights.detach()
         return (out["classifier"], weights) if return_attention else out["classifier"]
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #2a7d2bd7
+# %% ../../nbs/nn/33_sequence_nets.ipynb #f25d6633
 def _known(network, name):
     if name in network.parts: return network.parts[name]
     close = nearest(str(name), network.parts)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ConfigError(f"there is no layer {name!r}; {hint}this network has {', '.join(network.parts)}")
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #4d5db55b
+# %% ../../nbs/nn/33_sequence_nets.ipynb #d5132193
 @patch
 @torch.no_grad()
 def get_layer_outputs(self: SteelDefectLSTM,
@@ -332,7 +340,7 @@ def get_attention_weights(self: SteelDefectLSTM,
     try: return self.eval()._outputs(sequences, sequence_lengths)[1]
     finally: self.train(training)
 
-# %% ../../nbs/nn/33_sequence_nets.ipynb #938af417
+# %% ../../nbs/nn/33_sequence_nets.ipynb #b96f2dd9
 @patch
 def fit_input(self: SteelDefectLSTM,
     sequences: Float[Tensor, "n t c"]|Float[np.ndarray, "n t c"], # Series of the training part only
