@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FeatureSchema', 'daily_table', 'read_daily', 'unit_jumps', 'warn_of_jumps', 'lags', 'precipitation_features',
            'antecedent_precipitation', 'calendar_features', 'flow_threshold', 'return_level', 'Event', 'Windows',
-           'make_windows', 'split_in_time', 'leave_group_out', 'table_of_parts', 'SeriesScaler',
-           'CastingSequenceDataset', 'check_two_classes', 'pad_series', 'read_camels']
+           'make_windows', 'leave_group_out', 'SeriesScaler', 'CastingSequenceDataset', 'check_two_classes',
+           'pad_series', 'read_camels']
 
 # %% ../../nbs/data/15_series.ipynb #c05c8a32
 import math, warnings
@@ -24,6 +24,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from ..core import ConfigError, DataError, RunError, SplitError, check_shape, read_json, write_json
+from .periods import PeriodSplit, certify_parts
 
 # %% ../../nbs/data/15_series.ipynb #94e65884
 class FeatureSchema:
@@ -253,6 +254,12 @@ class Windows:
     def block(self, days: int = 90) -> np.ndarray:
         "A name for each window: its series and stretch of so many days, for a bootstrap."
         return np.array([f"{g}/{d}" for g, d in zip(self.group, self.date.astype(int)//days)])
+    def spans(self) -> pd.DataFrame: # group, start, stop (days since 1970-01-01; the day after the label), positive
+        "The days that each window reads, for `split_periods`."
+        return pd.DataFrame(dict(group=self.group, start=self.first.astype(int), stop=self.last.astype(int) + 1, positive=self.label > 0))
+    def of(self, split: PeriodSplit, part: str) -> "Windows":
+        "The windows of a part."
+        return self.select(split.windows_of(part).index.to_numpy())
     def select(self, rows) -> "Windows": return replace(self, **{k: getattr(self, k)[rows] for k in ("sequence", "label", "group", "date")})
 
 # %% ../../nbs/data/15_series.ipynb #68dcb273
@@ -287,55 +294,21 @@ def make_windows(
     if not parts: raise DataError(f"no window of {length} days is left ({left_out})")
     return Windows(*(np.concatenate(p) for p in zip(*parts)), tuple(columns), event.horizon, left_out)
 
-# %% ../../nbs/data/15_series.ipynb #7574a44d
-def split_in_time(
-    windows: Windows, # In any order
-    fractions: dict[str, float]|None = None, # Share of the windows per part, in order of time; `None`: train .5, val .15, cal .15, test .2
-    *,
-    gap: int = 0, # Free days between the days that two parts read
-) -> np.ndarray: # Name of the part of each window; "" where it was left out
-    "Parts one after the other in time that share no day."
-    fractions = dict(train=.5, val=.15, cal=.15, test=.2) if fractions is None else dict(fractions)
-    if "train" not in fractions or len(fractions) < 2 or min(fractions.values()) <= 0: raise ConfigError(f"`fractions` needs shares above 0 for train and at least one other part, got {fractions}")
-    if gap < 0: raise ConfigError(f"`gap` must be 0 days or more, got {gap}")
-    at = np.cumsum([*fractions.values()])/sum(fractions.values())
-    cuts, part, free = np.quantile(windows.date.astype(int), at), np.full(len(windows), "", object), np.datetime64("0001-01-01")
-    start = -math.inf
-    for name, cut in zip(fractions, cuts):
-        here = (windows.date.astype(int) > start) & (windows.date.astype(int) <= cut) & (windows.first > free)
-        if not here.any(): raise SplitError(f"no window is left for {name}; the series are too short for {len(fractions)} parts of windows that read {windows.sequence.shape[1]} + {windows.horizon} days with a gap of {gap}")
-        part[here], start, free = name, cut, windows.last[here].max() + np.timedelta64(gap, "D")
-    return _with_events(windows, part)
-
 # %% ../../nbs/data/15_series.ipynb #60a36a6d
 def leave_group_out(
     windows: Windows, # Of several series
     group: str, # The series to test on
     *,
     val: float = .2, # Share of the others' windows, at the end of their time
-    gap: int = 0, # Free days between the days that train and val read
-) -> np.ndarray: # `train`, `val`, `test`, or "" where a window was left out
+    gap: int|None = None, # Free days between train and val; `None`: the days that a window reads
+) -> PeriodSplit: # Of `windows.spans()`; refused where a part holds no event
     "Test on a series that training has not seen."
-    test = windows.group == group
+    w, test = windows.spans(), windows.group == group
     if not test.any() or test.all(): raise SplitError(f"series {group!r} must be one of several, the series are {', '.join(sorted(set(windows.group)))}")
-    part = np.full(len(windows), "test", object)
-    part[~test] = split_in_time(windows.select(~test), dict(train=1 - val, val=val), gap=gap)
-    return part
-
-def table_of_parts(
-    windows: Windows,
-    part: np.ndarray, # As from `split_in_time` or `leave_group_out`
-) -> pd.DataFrame: # By part: windows, events, first and last day that is read
-    "What each part holds; a part without events can be reported, not scored."
-    names = [name for name in dict.fromkeys(part) if name]
-    return pd.DataFrame([dict(part=n, windows=int((part == n).sum()), events=int(windows.label[part == n].sum()), first=windows.first[part == n].min(), last=windows.last[part == n].max()) for n in names])
-
-# %% ../../nbs/data/15_series.ipynb #d44b6196
-def _with_events(windows, part):
-    "The parts, if train has both classes."
-    n = windows.label[part == "train"]
-    if not 0 < n.sum() < len(n): raise SplitError(f"train has {int(n.sum())} events in {len(n)} windows; both classes are needed, so change the parts or the threshold")
-    return part
+    if not 0 < val < 1: raise ConfigError(f"`val` must lie between 0 and 1, got {val}")
+    free = int((w.stop - w.start).max()) if gap is None else gap
+    cut = int(np.quantile(w.start[~test], 1 - val, method="nearest"))
+    return certify_parts(w, np.where(test, "test", np.where(w.start >= cut, "val", np.where(w.stop + free <= cut, "train", ""))), gap=gap)
 
 # %% ../../nbs/data/15_series.ipynb #0998258f
 @dataclass(frozen=True)
