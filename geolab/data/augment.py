@@ -48,7 +48,7 @@ def displacement(
 
 # %% ../../nbs/data/18_augment.ipynb #651ad72d
 def warp(
-    sample: dict, # `image` (c, h, w) or (t, c, h, w) float; where present `mask` (h, w), `valid` (h, w) or (t, h, w) bool; others are passed on
+    sample: dict, # `image` (c, h, w) or (t, c, h, w) float; where present `mask` (h, w) or shares (k, h, w), `valid` (h, w) or (t, h, w) bool; others are passed on
     field: Float[Tensor, "2 h w"], # From `displacement`
 ) -> dict: # A new sample; `valid` is False for what comes from outside
     "Warp image, mask and valid alike, all dates alike; the image is 0 where not valid."
@@ -67,7 +67,7 @@ def warp(
     result = dict(sample, image=smooth(image, valid, seen), valid=seen)
     if mask is None: return result
     known, found = (valid.any(0), seen.any(0)) if dates else (valid, seen)
-    return dict(result, mask=smooth(mask[None], known, found)[0] if mask.is_floating_point() else nearest(mask))
+    return dict(result, mask=smooth(mask.reshape(-1, h, w), known, found).view(mask.shape) if mask.is_floating_point() else nearest(mask))
 
 # %% ../../nbs/data/18_augment.ipynb #23475bbc
 def jitter_colour(
@@ -163,8 +163,9 @@ def _checked(sample, rgb, mean):
         raise DataError(f"`image` must be a float tensor (c, h, w) or (t, c, h, w), got {type(image).__name__} {getattr(image, 'dtype', '')}")
     dates = "t "*(image.ndim == 4)
     sizes = check_shape(image, dates + "c h w", "image")
-    for name, axes in (("mask", "h w"), ("valid", dates + "h w")):
-        if name in sample: check_shape(sample[name], axes, name, **{axis: sizes[axis] for axis in axes.split()})
+    soft = isinstance(sample.get("mask"), Tensor) and sample["mask"].is_floating_point() and sample["mask"].ndim == 3
+    for name, axes in (("mask", "k "*soft + "h w"), ("valid", dates + "h w")):
+        if name in sample: check_shape(sample[name], axes, name, **{axis: sizes[axis] for axis in axes.split() if axis in sizes})
     if "valid" in sample and sample["valid"].dtype != torch.bool: raise DataError(f"`valid` must be bool, got {sample['valid'].dtype}; compare it, for example `valid > 0`")
     if rgb and not all(0 <= band < sizes["c"] for band in rgb):
         raise DataError(f"the colour bands are {rgb}, but the image has {sizes['c']} bands; set `rgb`, or leave it None")
