@@ -218,9 +218,11 @@ def gather(self: _Lattice, i):
 @patch
 def normalise(self: _Lattice, factor):
     "Divide the kernel by the roots of its sums at both ends, and multiply it by a factor."
-    for i, index in enumerate(self.index): self.scatter(i, np.ones((len(self.lanes), len(index)), np.float32))
+    strips = range(len(self.index))
+    self.each(lambda i: self.scatter(i, np.ones((len(self.lanes), len(self.index[i])), np.float32)), strips)
     self.blur()
-    for i, weight in enumerate(self.weight): weight *= np.sqrt(factor/self.gather(i)[0])[:, None]
+    def scale(i): self.weight[i][:] *= np.sqrt(factor/self.gather(i)[0])[:, None]
+    self.each(scale, strips)
     return self
 
 # %% ../../nbs/inference/63_crf.ipynb #0d61638a
@@ -254,7 +256,7 @@ def _matrix(compatibility, k):
     return matrix
 
 # %% ../../nbs/inference/63_crf.ipynb #b7015752
-_STRIP = 2**14 # pixels that are worked on at once
+_STRIP = 2**15 # pixels that are worked on at once
 
 def _softmax(z):
     "Softmax over the first axis, in place; plane by plane, which is several times faster than `max(0)` and `sum(0)`."
@@ -269,16 +271,15 @@ def _mean_field(unary, kernels, matrix, iterations, tools, each, tick):
     tick()
     matrix, q = matrix - np.median(matrix, 0), np.empty((k, n), np.float32) # what all classes pay alike drops out of the softmax, and Potts becomes sparse
     costs = [(i, j, matrix[i, j]) for i, j in zip(*matrix.nonzero())]
-    def update(i, hear):
+    def update(i, hear, go_on):
         strip = slice(*cuts[i])
         z, heard = unary[:, strip].copy(), sum(lattice.gather(i) for lattice in lattices) if hear else ()
         for to, of, cost in costs if hear else (): z[to] -= cost*heard[of]
         q[:, strip] = _softmax(z)
-        for lattice in lattices: lattice.scatter(i, q[:, strip])
+        for lattice in lattices if go_on else (): lattice.scatter(i, q[:, strip])
     for step in range(iterations + 1):
-        if step:
-            for lattice in lattices: lattice.blur()
-        each(lambda i: update(i, step > 0), range(len(cuts)))
+        for lattice in lattices if step else (): lattice.blur()
+        each(lambda i: update(i, step > 0, step < iterations), range(len(cuts)))
         if step: tick()
     return q
 
@@ -287,9 +288,8 @@ def _points(features, scale, sxy, inside, width, top, left):
     "Function from first and last pixel of a tile to points in units of the kernel's widths."
     def points(start, stop):
         at = np.arange(start, stop) if inside is None else inside[start:stop]
-        row, col = np.divmod(at, width)
-        x = np.empty((stop - start, 2 + len(features)))
-        x[:, 0], x[:, 1] = (col + left)/sxy, (row + top)/sxy
+        row, x = at//width, np.empty((stop - start, 2 + len(features))) # several times faster than divmod
+        x[:, 0], x[:, 1] = (at - row*width + left)/sxy, (row + top)/sxy
         for j, (band, s) in enumerate(zip(features, scale), 2): x[:, j] = band[at]/s
         return x
     return points
