@@ -439,7 +439,8 @@ def make_split(
     scenes: Sequence[Scene], # Labelled scenes
     *,
     tile_size: int, # Side of a tile, in pixels
-    block_size: int|None = None, # Side of a block, in pixels; `None`: twice the tile, but room for a tile and the dead zone. Stretched so that blocks fill a scene evenly
+    block_size: int|None = None, # Side of a block, in pixels; `None`: `block_tiles` tiles, but room for a tile and the dead zone. Stretched so that blocks fill a scene evenly
+    block_tiles: float = 2., # Side of a block in tiles, where `block_size` is `None`; smaller blocks are more blocks, and certificates count blocks
     dead_zone: int|None = None, # Free pixels between parts, at least 1; `None`: the range of the labels
     fractions: dict[str, float]|None = None, # Share of the positives per part; `None`: train .5, val .15, cal .15, test .2
     stride: int|None = None, # Step between tiles, in pixels; `None` for the tile size
@@ -453,7 +454,7 @@ def make_split(
     reach, curve = label_range(scenes)
     dead = max(1, reach) if dead_zone is None else dead_zone
     if dead < 1: raise ConfigError(f"the dead zone must be at least 1 pixel, got {dead}")
-    block = max(2*tile_size, tile_size + dead) if block_size is None else block_size
+    block = max(round(block_tiles*tile_size), tile_size + dead) if block_size is None else block_size
     if block < tile_size + dead: raise ConfigError(f"block_size {block} leaves no room for a tile of {tile_size} and a dead zone of {dead}; give at least {tile_size + dead}")
     ground = _lay_grid(scenes, tile_size, block, dead)
     held = f"{(ground.positive.sum((3, 4)) > 0).sum()} of {len({piece[1:] for piece in ground.pieces})} blocks hold positives"

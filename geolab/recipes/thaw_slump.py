@@ -50,7 +50,8 @@ class LabelsConfig(Config):
 
 class SplitConfig(Config):
     "How the ground is cut into parts."
-    block_size: int|None = Field(None, ge=16)   # Side of a block, in pixels; `None` chooses
+    block_size: int|None = Field(None, ge=16)   # Side of a block, in pixels; `None` takes `block_tiles` tiles
+    block_tiles: float = Field(2., ge=1)        # More blocks certify more; a block needs room for a tile and the dead zone
     dead_zone: int|None = Field(None, ge=1)     # Least distance between windows of two parts, in pixels; `None` takes the range of the labels
     train: float = Field(.5, gt=0, lt=1)        # Shares of the positives
     val: float = Field(.15, gt=0, lt=1)
@@ -65,8 +66,8 @@ class SplitConfig(Config):
 
 class WorldConfig(Config):
     "The made world that stands in for data."
-    scenes: int = Field(9, ge=1)
-    size: int = Field(1792, ge=256)             # Side of a scene, in pixels
+    scenes: int = Field(6, ge=1)
+    size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #bcb0a222
 class ThawSlumpConfig(Config):
@@ -134,13 +135,13 @@ input_size: [128, 128]
 learning_rate: 1e-3
 min_lr: 1e-5
 batch_size: 8
-max_epochs: 12
+max_epochs: 10
 steps_per_epoch: 30
-early_stopping_patience: 12
+early_stopping_patience: 10
 early_stopping_metric: val_average_precision
 train_pos_neg_ratio: 1:2
 augment: turns
-split: {train: 0.4, val: 0.15, cal: 0.25, test: 0.2}
+split: {block_tiles: 1.5, train: 0.4, val: 0.1, cal: 0.3, test: 0.2}
 """,
     full="""
 architecture: unet++
@@ -249,7 +250,7 @@ def audit(self: Work):
 def cut(self: Work):
     "Cut the ground into parts that share no pixel."
     s = self.config.split
-    split = make_split(self.scenes, tile_size=self.tile_size, block_size=s.block_size, dead_zone=s.dead_zone, seed=self.config.random_seed,
+    split = make_split(self.scenes, tile_size=self.tile_size, block_size=s.block_size, block_tiles=s.block_tiles, dead_zone=s.dead_zone, seed=self.config.random_seed,
                        fractions=dict(train=s.train, val=s.val, cal=s.cal, test=s.test))
     split.check()
     self.say(indent(str(split), "  "))
