@@ -135,9 +135,9 @@ input_size: [128, 128]
 learning_rate: 1e-3
 min_lr: 1e-5
 batch_size: 8
-max_epochs: 10
+max_epochs: 12
 steps_per_epoch: 30
-early_stopping_patience: 10
+early_stopping_patience: 12
 early_stopping_metric: val_average_precision
 train_pos_neg_ratio: 1:2
 augment: turns
