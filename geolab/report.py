@@ -291,6 +291,7 @@ def _plan(run, found):
         gap = None if plan.blocks else Missing(plan.reason)
         rows.append([percent(recall), f"{plan.false_positive_rate:.1e}", plan.blocks or gap, plan.empty_tiles or gap])
     if all(isinstance(row[2], Missing) for row in rows):
+        if "no number of such blocks" not in rows[0][2]: return absent(f"What precision {t['target_precision']:g} at {wanted} would take cannot be said: {rows[0][2]}.")
         return tag("p", f"No number of blocks like these would certify precision {t['target_precision']:g} at {wanted} with a recall of {rows[0][0]} or more: it is the detector that has to get better.")
     return table(f"What precision {t['target_precision']:g} at {wanted} would take, if more calibration blocks were like those of this run.",
                  ["recall to keep", "share of background that may be false", "calibration blocks", "empty tiles in them"], rows)
