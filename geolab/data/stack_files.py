@@ -9,17 +9,19 @@ __all__ = ['date_in', 'DatedScene', 'open_stack', 'open_multidate', 'read_cube',
 import json, re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable, Literal, Sequence
 
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Int
 from rasterio.crs import CRS
 from rasterio.transform import Affine, from_bounds
 
 from ..core import ConfigError, DataError, check_shape, nearest, require_extra
 from .raster import RasterInfo, find_images, read_info, read_window
-from .stacks import Stack, check_dates, iso, merge_same_day
+from .stacks import Stack, check_dates, iso, merge_same_day, to_days
 
 # %% ../../nbs/data/19_stack_files.ipynb #0c4cb99c
 def date_in(
@@ -128,6 +130,22 @@ def open_stack(
     used = list(bands or (name for name in names if name != cloud_band))
     first.indexes([*used, *([cloud_band] if cloud_band else [])])
     return DatedScene(first, days, tuple(used), [[(info, used)] for info in infos], clouds, clear, Path(str(images)).stem if isinstance(images, (str, Path)) else "stack")
+
+# %% ../../nbs/data/19_stack_files.ipynb #ebfc5c00
+@patch
+def take(self: DatedScene,
+    days: Sequence|None = None, # Dates to keep, what `to_days` takes; `None` keeps all
+    bands: Sequence[str]|None = None, # Bands to keep, in this order; `None` keeps all
+) -> DatedScene: # A new one
+    "Some of the dates and bands."
+    days, bands = self.dates if days is None else to_days(days), tuple(bands or self.bands)
+    if lost := [iso(day) for day in days if day not in self.dates]: raise DataError(f"{self.id} has no image of {lost[0]}; its {len(self.dates)} dates reach from {iso(self.dates[0])} to {iso(self.dates[-1])}")
+    if lost := [band for band in bands if band not in self.bands]: raise DataError(f"{self.id} has no band `{lost[0]}`; it has {', '.join(self.bands)}")
+    at, keep = [self.bands.index(band) for band in bands], np.flatnonzero(np.isin(self.dates, days))
+    def chosen(source):
+        single = [(info, name) for info, names in source for name in names]
+        return [(info, [name for _, name in group]) for info, group in groupby([single[k] for k in at], key=lambda pair: pair[0])]
+    return replace(self, dates=self.dates[keep], bands=bands, sources=[chosen(self.sources[i]) for i in keep], clouds=None if self.clouds is None else [self.clouds[i] for i in keep])
 
 # %% ../../nbs/data/19_stack_files.ipynb #862883c8
 def open_multidate(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Weight', 'stratum_weight', 'PRCurve', 'pr_curve', 'average_precision', 'f_beta', 'metrics_at', 'OperatingPoint',
            'recall_at_precision', 'precision_at_recall', 'exact_threshold', 'roc_curve', 'bootstrap_interval',
-           'summary', 'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area', 'confusion_at',
-           'plot_pr']
+           'ap_difference', 'summary', 'trivial_baselines', 'class_metrics', 'kappa', 'spearman', 'class_area',
+           'confusion_at', 'plot_pr']
 
 # %% ../../nbs/evaluation/41_metrics.ipynb #f8238a8e
 from dataclasses import dataclass
@@ -315,6 +315,8 @@ def _pr_band(hist, ratio, unit, confidence, replicates, seed):
     return grid[ok], *np.quantile(found[:, ok], [tail, 1 - tail], axis=0)
 
 # %% ../../nbs/evaluation/41_metrics.ipynb #ba95fc7f
+def _area_under(precision, recall, share): return -(np.diff(recall, append=0)*precision).sum(1) + (1 - recall[:, 0])*share  # what no edge flags is found at that share
+
 def bootstrap_interval(
     hist: ScoreHistogram, # Counted logits
     logit: float|None = None, # Threshold of precision, recall, IoU and F0.5; `None` leaves them out
@@ -337,7 +339,7 @@ def bootstrap_interval(
     for tp, fp, pos, total in _resampled(hist, ratio, unit, replicates, seed):
         with np.errstate(all="ignore"):
             precision, recall = np.nan_to_num(tp/(tp + fp)), tp/pos[:, None]
-            row = [-(np.diff(recall, append=0)*precision).sum(1) + (1 - recall[:, 0])*pos/total]
+            row = [_area_under(precision, recall, pos/total)]
             if k is not None:
                 (p, r, t, f) = (x[:, k] if k < len(keep) else np.zeros(len(x)) for x in (precision, recall, tp, fp))
                 row += [np.where(t + f > 0, p, np.nan), r, t/(pos + f), np.nan_to_num(1.25*p*r/(.25*p + r))]
@@ -346,6 +348,30 @@ def bootstrap_interval(
     for name, column in zip(names, np.concatenate(rows).T):
         if np.isfinite(column).any(): out[name] = np.nanquantile(column, [tail, 1 - tail]).tolist()
     return out
+
+# %% ../../nbs/evaluation/41_metrics.ipynb #68fab27a
+def ap_difference(
+    a: ScoreHistogram, # Counted logits of a detector
+    b: ScoreHistogram, # Counted logits of another on the same pixels
+    ratio: Ratio|str|None = None, # Positives to negatives; `None` keeps the set's own
+    unit: Literal["tile", "pixel"] = "tile", # What the ratio counts
+    *,
+    confidence: float = .95, # Share of replicates inside
+    replicates: int = 400, # Draws of whole blocks
+    seed: int = 0, # Of the draws
+) -> dict: # `value`, average precision of a minus that of b, and `low`, `high`; `None` with a `reason`
+    "How much better one detector is than another on the same blocks, with a percentile interval from redrawn blocks."
+    if not 0 < confidence < 1: raise DataError(f"`confidence` must lie between 0 and 1, got {confidence}")
+    if set(a.blocks) != set(b.blocks): raise DataError(f"both histograms must be of the same blocks, got {len(a.blocks)} and {len(b.blocks)} with {len(set(a.blocks) & set(b.blocks))} in common")
+    b = b.select(a.blocks)
+    if (a.counts.sum(2) != b.counts.sum(2)).any(): raise DataError("the two histograms count different pixels in the same blocks; score both on one data set")
+    (first, second), holding = (average_precision(hist, ratio, unit) for hist in (a, b)), int((a.counts[:, 0].sum(1) > 0).sum())
+    out = dict(value=None if None in (first, second) else first - second, low=None, high=None, confidence=confidence, reason=None)
+    if out["value"] is None: return out | dict(reason=stratum_weight(a, ratio, unit).reason or "no positives")
+    if holding < 5: return out | dict(reason=f"only {holding} blocks hold positives; 5 are needed for an interval")
+    def drawn(hist): return np.concatenate([_area_under(np.nan_to_num(tp/(tp + fp)), tp/pos[:, None], pos/total) for tp, fp, pos, total in _resampled(hist, ratio, unit, replicates, seed)])
+    with np.errstate(all="ignore"): low, high = np.nanquantile(drawn(a) - drawn(b), [(1 - confidence)/2, (1 + confidence)/2])
+    return out | dict(low=float(low), high=float(high))
 
 # %% ../../nbs/evaluation/41_metrics.ipynb #1edab033
 def summary(

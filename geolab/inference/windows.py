@@ -211,12 +211,12 @@ def _check_destination(info, dst, nbytes, overwrite):
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
 
 # %% ../../nbs/inference/60_windows.ipynb #9777ae6c
-def _score_row(score, info, plan, k, total, *, bands, scale, aoi, batch_size, bar):
+def _score_row(score, info, plan, k, total, *, read, scale, aoi, batch_size, bar):
     "Add the weighted logits of one row of windows to `total`; where the map is wanted."
     (height, width), row = plan.window, plan.rows[k]
     wanted, batch = np.zeros((height, info.width), bool), []
     for j, col in enumerate(plan.cols):
-        image, valid = read_window(info, row, col, height, width, bands=bands)
+        image, valid = read(row, col, height, width)
         inside = valid if aoi is None else valid & (rasterise(aoi, info, row, col, height, width) > 0)
         wanted[:, col:col + width] = inside
         if inside.any(): batch.append((j, image if scale is None else scale.apply(image, valid)))
@@ -241,6 +241,7 @@ def predict_windows(
     dst: Path|str, # GeoTIFF to write
     *,
     scale: BandScale|None = None, # Checks the raster, chooses and scales its bands; `None` passes all bands as they are
+    read: Callable|None = None, # Reads instead of the raster, which then gives the grid alone: from row, col, height and width to channels (c, h, w) for `score` and valid (h, w)
     tile: int = 512, # Side of a window, in pixels
     overlap: float = .25, # Share of a window that its neighbour covers too, 0 to 0.75
     halo: int|None = None, # Crop this many pixels instead of blending: exact if the network sees no further
@@ -248,7 +249,7 @@ def predict_windows(
     transform_logits: Callable[[Float[np.ndarray, " n"]], np.ndarray]|None = None, # From logits to what is written; whole numbers and booleans give an integer map
     name: str = "logit", # Name of the band
     aoi: gpd.GeoDataFrame|Path|str|None = None, # Polygons, or a file of them; outside there is no map
-    key: Any = None, # Plain value that names `score` and `transform_logits`; a draft is continued under the same key only, and never under `None`
+    key: Any = None, # Plain value that names `score`, `read` and `transform_logits`; a draft is continued under the same key only, and never under `None`
     tags: dict|None = None, # Text stored with the map
     overwrite: bool = False, # Replace an existing `dst`
     progress: bool = True, # Show a bar with the time left
@@ -256,7 +257,9 @@ def predict_windows(
     "Map a raster window by window; a broken-off call is continued by the next one."
     info, dst = raster if isinstance(raster, RasterInfo) else read_info(raster), Path(dst)
     transform = transform_logits or np.asarray
+    if read is not None and scale is not None: raise ConfigError("`scale` belongs to the raster; with `read`, scale what it returns")
     bands = info.bands if scale is None else scale.check(info)
+    read_one = read or (lambda *window: read_window(info, *window, bands=bands))
     plan = plan_windows(info.height, info.width, tile, overlap=overlap, halo=halo)
     dtype = np.asarray(transform(np.zeros(1, np.float32))).dtype
     dtype = np.dtype(np.float32 if dtype.kind == "f" else np.uint8 if dtype == bool else dtype)
@@ -272,7 +275,7 @@ def predict_windows(
         total, carry = np.zeros((height, info.width), np.float32), draft.carry(info.width)
         total[:len(carry)] = carry
         for k in range(len(draft.ends), len(plan.rows)):
-            wanted, n = _score_row(score, info, plan, k, total, bands=bands, scale=scale, aoi=aoi, batch_size=batch_size, bar=bar), plan.band(k)
+            wanted, n = _score_row(score, info, plan, k, total, read=read_one, scale=scale, aoi=aoi, batch_size=batch_size, bar=bar), plan.band(k)
             values = np.full((n, info.width), nodata, dtype)
             values[wanted[:n]] = transform(total[:n][wanted[:n]])
             total[:height - n], total[height - n:] = total[n:].copy(), 0
