@@ -47,8 +47,8 @@ def _joint(logits, valid=None, names=None):
 
 def _calibrated(z, y):
     "Calibrator of one member, or the plain one with the reason why none fits."
-    parts = np.linspace(0, 1, 4096)
-    edges = np.unique(np.concatenate([np.quantile(z[group], parts, method="nearest") for group in (y, ~y) if group.any()]))  # few positives and far outliers keep bins of their own
+    def quantiles(z): return np.sort(z)[np.rint(np.linspace(0, 1, 4096)*(len(z) - 1)).astype(int)]
+    edges = np.unique(np.concatenate([quantiles(z[group]) for group in (y, ~y) if group.any()]))  # few positives and far outliers keep bins of their own
     hist = ScoreHistogram(["all"], edges=edges).update(z[None], y[None], block=["all"])
     try: return fit_temperature(hist), None
     except DataError as error: return Calibrator(), str(error)
@@ -446,6 +446,7 @@ def combine_maps(
     method: Literal["weighted", "conditional", "stacked", "confidence", "dynamic"] = "weighted", # How
     output: Literal["probability", "logit", "class", "disagreement"] = "probability", # What to write: float32, else NaN; classes 0 and 1 as uint8, else 255
     threshold: float|None = None, # Logit of the ensemble from which on a pixel is positive, for `class`
+    calibrator: Calibrator|None = None, # Of the combined logits, for `probability`; `None` takes them as they are
     context: Path|str|None = None, # GeoTIFF on the same grid, for `dynamic`
     tile: int = 1024, # Side of a window, in pixels
     overwrite: bool = False, # Replace an existing `dst`
@@ -461,8 +462,10 @@ def combine_maps(
         bands = images.numpy().astype(np.float64)
         extra = dict(context=bands[:, -1]) if method == "dynamic" else {}
         return torch.from_numpy(ensemble.combine({name: bands[:, k] for k, name in enumerate(names)}, method, **extra)[key][:, None].astype(np.float32))
-    transform = dict(probability=expit, **{"class": lambda z: z >= threshold}).get(output)
+    calibrator = calibrator or Calibrator()
+    transform = dict(probability=calibrator.probability, **{"class": lambda z: z >= threshold}).get(output)
     tags = dict(GEOLAB_OUTPUT=output, GEOLAB_ENSEMBLE=content_hash(asdict(ensemble)), GEOLAB_METHOD=method) | ({} if threshold is None else dict(GEOLAB_THRESHOLD_LOGIT=repr(float(threshold))))
+    if output == "probability": tags |= dict(GEOLAB_CALIBRATOR=calibrator.hash)
     predict_windows(score, together, dst, tile=tile, halo=0, transform_logits=transform, name=output, key=tags, tags=tags, overwrite=overwrite, progress=progress)
     together.unlink()
     return dst

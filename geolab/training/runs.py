@@ -10,7 +10,7 @@ import html, platform, time
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Mapping, Sequence
 
 import torch
 from fastcore.basics import patch
@@ -24,7 +24,8 @@ from ..data.splits import Split
 from ..evaluation.calibration import Calibrator
 from ..evaluation.scores import load_scores
 from ..evaluation.thresholds import Threshold
-from ..nn.segmentation import build_segmenter
+from ..nn.convlstm import ConvLSTM, GapAwareConvLSTM
+from ..nn.segmentation import build_change_network, build_segmenter
 
 # %% ../../nbs/training/51_runs.ipynb #c662c682
 class StageLog:
@@ -108,7 +109,7 @@ def _state(path, sha256, size):
     return "" if sha256_of(path) == sha256 else "altered"
 
 # %% ../../nbs/training/51_runs.ipynb #4cf50acc
-BUILDERS: dict[str, Callable[..., nn.Module]] = {"segmenter": build_segmenter}
+BUILDERS: dict[str, Callable[..., nn.Module]] = dict(segmenter=build_segmenter, change=build_change_network, convlstm=ConvLSTM, gap_convlstm=GapAwareConvLSTM)
 
 def save_model(
     folder: Path|str, # The run folder
@@ -141,8 +142,11 @@ def _versions():
     return dict(python=platform.python_version()) | {name: of(name) for name in ("geolab", "torch", "segmentation_models_pytorch", "timm")}
 
 def _check_bands(arguments, bands):
-    if arguments.get("in_channels", len(bands)) != len(bands):
-        raise RunError(f"the network takes {arguments['in_channels']} bands, the scale has {len(bands)} ({', '.join(bands)}); they must be the same")
+    takes = arguments.get("in_channels", arguments.get("input_dim", len(bands)))
+    if isinstance(takes, Mapping):  # by sensor
+        if (names := [name for sensor in takes.values() for name in sensor]) != list(bands):
+            raise RunError(f"the network takes the bands {', '.join(names)}, the scale has {', '.join(bands)}; they must be the same, in the same order")
+    elif takes != len(bands): raise RunError(f"the network takes {takes} bands, the scale has {len(bands)} ({', '.join(bands)}); they must be the same")
 
 def _names(names, n=3): return ", ".join(sorted(names)[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
