@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SECTIONS', 'RunFiles', 'verdict', 'part_result', 'part_data', 'part_split', 'part_training',
-           'part_precision', 'part_thresholds', 'part_certificate', 'part_calibration', 'part_objects', 'part_samples',
-           'part_map', 'part_files', 'part_use', 'build_report']
+           'part_precision', 'part_members', 'part_thresholds', 'part_certificate', 'part_calibration', 'part_objects',
+           'part_samples', 'part_map', 'part_files', 'part_use', 'build_report']
 
 # %% ../nbs/69_report.ipynb #4f443a01
 import math
@@ -51,6 +51,11 @@ class RunFiles:
         return self._read["scores.npz"].get(part) or Missing(f"scores.npz holds no part {part}")
 
     @property
+    def model(self) -> dict:
+        "The network, or of an ensemble the scale of all bands, or a dict with the reason for their absence."
+        return dict(scale=self.json("scale.json")) if (self.path/"ensemble.json").is_file() else self.json("model.json")
+
+    @property
     def threshold(self) -> dict:
         "The threshold that the map is drawn with, or a dict with the reason for its absence."
         found = self.json("threshold.json")
@@ -59,7 +64,7 @@ class RunFiles:
 
 # %% ../nbs/69_report.ipynb #5f0b3209
 NAMES = dict(pixel_logistic="a logistic regression on single pixels", chance="guessing at random", always_negative="never flagging anything",
-             always_positive="flagging everything")
+             always_positive="flagging everything", season_trend="a season-trend model of each pixel", index_difference="the drop in greenness between two dates")
 
 def _contest(metrics):
     "One sentence on the detector and its best rival."
@@ -102,6 +107,7 @@ def verdict(
     rare = f"what it would be at {wanted} cannot be said: {rare}" if isinstance(rare, Missing) else f"at {wanted}, with the threshold for it, {percent(found)} at {rare:.2f}"
     says = [f"How much is found on held-out blocks cannot be said: {lost}." if lost else
             f"On held-out blocks the detector finds {percent(recall)} of the positive pixels at a precision of {precision:.2f}; {rare}.", _contest(metrics)]
+    says += [f"{line['says'][:1].upper()}{line['says'][1:]}." for line in metrics.get("contest") or []]
     why = (certificate.get("reason") or "calibration and validation blocks are the same") if certificate.get("cal_is_val") else None
     target = pick(thresholds, wanted, "target_precision")
     goal = "the wanted precision" if isinstance(target, Missing) else f"precision {target:g}"
@@ -119,7 +125,7 @@ def _listed(paths):
 
 def part_result(run: RunFiles) -> list[Html]:
     "What came out, and what was run on what."
-    c, data, model, log = run.config, run.about.get("data") or {}, run.json("model.json"), run.json("stages.json")
+    c, data, model, log = run.config, run.about.get("data") or {}, run.model, run.json("stages.json")
     done = {k: v for k, v in (log.get("stages") or log).items() if isinstance(v, dict) and k != "report"}
     finished, seconds = max((str(v.get("finished") or "") for v in done.values()), default=""), sum(v.get("seconds") or 0 for v in done.values())
     side = pick(model, "scale", "resolution")
@@ -127,7 +133,7 @@ def part_result(run: RunFiles) -> list[Html]:
         "Recipe": f"{run.about.get('recipe', 'unknown')}, profile {run.about.get('profile', 'unknown')}, seed {c.get('random_seed', 'unknown')}",
         "Images": _listed(data["images"]) if data.get("images") else "a made world, as no images were given",
         "Labels": Path(data["labels"]).name if data.get("labels") else "of the made world",
-        "Network": f"{c['architecture']}, encoder {c.get('backbone')}" if "architecture" in c else pick(model, "architecture"),
+        "Network": f"an ensemble of {', '.join(c['members'])}" if "members" in c else f"{c['architecture']}, encoder {c.get('backbone')}" if "architecture" in c else pick(model, "architecture"),
         "Bands": pick(model, "scale", "bands"), "Pixel side": side if isinstance(side, Missing) else f"{side:g} m",
         "Finished": finished[:16].replace("T", " ") + " UTC" if finished else pick(log, "finished"),
         "Computing time": (f"{seconds/60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s") if done else pick(log, "seconds")})]
@@ -220,6 +226,29 @@ def part_precision(run: RunFiles) -> list[Html]:
     plot = [figure(run.path, "pr", draw, caption, f"Precision-recall curves: {', '.join(drawn)}.")] if drawn else []
     lost = {v.reason: [k for k in curves if curves[k].reason == v.reason] for v in curves.values() if v.precision is None}
     return plot + [absent(f"No curve at {', '.join(names)}: {reason}.") for reason, names in lost.items()] + [numbers]
+
+# %% ../nbs/69_report.ipynb #9f3e6fb3
+def part_members(run: RunFiles) -> list[Html]:
+    "Members of an ensemble, its rivals, and learning curves."
+    metrics, skills, names = run.json("metrics.json"), run.json("skills.json"), run.config.get("members") or []
+    if "members" not in skills: return [absent(f"No ensemble: {pick(skills, 'members')}.")]
+    weights, of = pick(run.json("ensemble.json"), "ensemble", "weights"), lambda name: run.json(f"members/{name}/model.json")
+    rows = [[name.replace("_", " "), ", ".join(pick(of(name), "bands") or []) if "bands" in of(name) else pick(of(name), "bands"), pick(of(name), "parameters"), pick(skills, "members", name, "value"),
+             weights.get(name, Missing(pick(skills, "members", name, "reason"))) if isinstance(weights, dict) else weights, _bounded(pick(metrics, "members", name), "average_precision")] for name in names]
+    method = skills.get("method")
+    others = [[NAMES.get(name, name if name == method else f"{name} (not chosen)"), _bounded(values, "average_precision")] for values_of in ("methods", "baselines") for name, values in (metrics.get(values_of) or {}).items()
+              if isinstance(values, dict) and isinstance(pick(values, "average_precision"), float)]
+    out = [table("Members. Skill is the share of the log-loss of the plain prevalence that a member removes on validation blocks; without skill it has no weight. Average precision is on the test blocks.",
+                 ["member", "bands", "parameters", "skill", "weight", "average precision"], rows, words=[1]),
+           table(f"Ways to join them, of which `{method}` was chosen on validation blocks, and rules without a network, on the same test blocks.", ["rule", "average precision"], others),
+           *(tag("p", f"{line['says'][:1].upper()}{line['says'][1:]}.") for line in metrics.get("contest") or [])]
+    files, curves = [name for name in ("members.npz", "rivals.npz") if (run.path/name).is_file()], {}
+    for name, hist in (pair for file in files for pair in load_scores(run.path/file).items()):
+        if name in names or name in (method, "season_trend"): curves[name.replace("_", " ") if name != method else f"ensemble ({name})"] = _curve(hist, None, "tile")
+    drawn = {k: v for k, v in curves.items() if v.precision is not None}
+    if drawn: out.append(figure(run.path, "members", lambda ax: plot_pr(drawn, ax=ax), "Precision over recall on the same test blocks.", f"Precision-recall curves of {', '.join(drawn)}.", (4.6, 3.2)))
+    histories = {name: h for name in names if isinstance(h := run.json(f"members/{name}/history.json"), list) and h}
+    return [*out, tag("div", [figure(run.path, f"loss_{name}", lambda ax, h=h: plot_history(h, ax=ax), f"Loss of {name.replace('_', ' ')} by epoch.", f"Loss over {len(h)} epochs.", (2.9, 2.3)) for name, h in histories.items()], class_="row")]
 
 # %% ../nbs/69_report.ipynb #76e90be7
 def part_thresholds(run: RunFiles) -> list[Html]:
@@ -390,13 +419,15 @@ def part_files(run: RunFiles) -> list[Html]:
 
 def part_use(run: RunFiles) -> list[Html]:
     "Three lines of Python, one of shell."
-    name, scale = run.path.resolve().name, run.json("model.json").get("scale") or {}
+    name, scale, joined = run.path.resolve().name, run.model.get("scale") or {}, (run.path/"ensemble.json").is_file()
     python = ("from geolab.training.runs import Run\nfrom geolab.inference.windows import predict_raster\n"
               f'predict_raster(Run.load("{name}"), "image.tif", "map.tif")')
+    if joined: python = ("from geolab.inference.ensemble import load_ensemble_model\n"
+              f'load_ensemble_model("{name}").ensemble_predict(current_image, previous_image, temporal_sequence, method="{run.json("skills.json").get("method")}", dates=days)')
     needs = (f"An image needs the bands {', '.join(scale['bands'])}, of type {scale.get('dtype')}, with pixels within 10\u00a0% of {scale.get('resolution')} "
              "metres; anything else is refused.") if scale.get("bands") else None
-    return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", python), tabindex=0), tag("p", "In a shell:"),
-            tag("pre", tag("code", f"geolab predict {name} image.tif map.tif --polygons"), tabindex=0), tag("p", needs) if needs else None]
+    shell = [] if joined else [tag("p", "In a shell:"), tag("pre", tag("code", f"geolab predict {name} image.tif map.tif --polygons"), tabindex=0)]
+    return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", python), tabindex=0), *shell, tag("p", needs) if needs else None]
 
 # %% ../nbs/69_report.ipynb #6929f0ce
 SECTIONS = (
