@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OBSERVED', 'PROMISED', 'Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'LabelsConfig', 'SplitConfig',
            'fingerprint', 'check_space', 'open_folder', 'start_run', 'batch_size_of', 'calibration_part', 'best_f',
-           'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next', 'display',
-           'three_of']
+           'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next', 'contest',
+           'calibrate_scores', 'write_thresholds', 'write_outlines', 'display', 'three_of', 'write_samples']
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
 import copy, errno, shutil, time
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, Sequence
+from typing import Any, Callable, Iterable, Literal, Mapping, Sequence
 
 import geopandas as gpd
 import numpy as np
@@ -29,12 +29,12 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from .. import __version__
-from ..core import Config, ConfigError, DataError, Ratio, RunError, atomic_file, content_hash, load_yaml, override
+from ..core import Config, ConfigError, DataError, Ratio, RunError, atomic_file, content_hash, load_yaml, override, write_json
 from ..data.augment import rgb_of
 from ..data.raster import read_info, read_window
 from ..data.splits import Split
-from ..evaluation.calibration import Calibrator
-from ..evaluation.metrics import class_area, f_beta, pr_curve, stratum_weight
+from ..evaluation.calibration import Calibrator, ece, fit_temperature
+from ..evaluation.metrics import ap_difference, average_precision, class_area, f_beta, pr_curve, stratum_weight
 from ..evaluation.objects import ObjectMatch, match_objects, rank_for_labelling
 from ..evaluation.scores import ConfusionCounts, ScoreHistogram
 from ..evaluation.thresholds import Threshold, certify_best, choose_threshold
@@ -377,6 +377,63 @@ def label_next(
         rows.append(dict(rank=rank, scene=scene, row=row, col=col, geometry=outline.to_crs(4326).iloc[0]))
     return gpd.GeoDataFrame(rows, columns=["rank", "scene", "row", "col", "geometry"], geometry="geometry", crs=4326)
 
+# %% ../../nbs/recipes/70_pipeline.ipynb #2c2ffe8f
+def contest(
+    scores: Mapping[str, ScoreHistogram], # By name, of the same pixels
+    a: str, # Name of one detector
+    b: str, # Name of the other
+    names: Mapping[str, str] = {}, # What to call them
+    confidence: float = .95, # Of the interval
+) -> dict: # `a`, `b`, the numbers of `ap_difference`, and `says`, half a sentence
+    "Is one detector better than another?"
+    d, called = ap_difference(scores[a], scores[b], confidence=confidence), [names.get(x, x.replace("_", " ")) for x in (a, b)]
+    if d["low"] is None: ending = f"how surely cannot be said: {d['reason']}"
+    else: ending = f"{confidence:.0%} interval of the difference {d['low']:+.3f} to {d['high']:+.3f}, " + (f"{called[0]} is ahead" if d["low"] > 0 else f"{called[1]} is ahead" if d["high"] < 0 else "no difference that these blocks can show")
+    found = [average_precision(scores[x]) for x in (a, b)]
+    return dict(a=a, b=b, says=f"{called[0]} against {called[1]}: average precision " + " and ".join("unknown" if x is None else f"{x:.3f}" for x in found) + f"; {ending}", **d)
+
+# %% ../../nbs/recipes/70_pipeline.ipynb #a31a04c7
+def calibrate_scores(
+    scores: Mapping[str, ScoreHistogram], # Counted logits by part, `test` among them
+    part: str, # Part to fit on
+    focal: tuple|None = None, # Alpha and gamma of the focal loss that the network was trained with
+    say: Callable[[str], None] = print, # Where the outcome goes
+) -> tuple[Calibrator, dict]: # The calibrator, and what `calibration.json` says beside it
+    "Fit the calibrator; where that cannot be done, say why and go on without."
+    try: calibrator, reason = fit_temperature(scores[part], focal=focal), None
+    except DataError as error: calibrator, reason = Calibrator(focal=focal), f"not calibrated: {error}"
+    facts = dict(reason=reason, part=part, ece_before=ece(scores["test"]), ece_after=ece(scores["test"], calibrator), measured_on="test")
+    if reason: say(f"  {reason}")
+    say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
+    return calibrator, facts
+
+def write_thresholds(
+    run: Run, # With its split, scores and calibrator
+    config: Any, # Of the recipe: `target_precision`, `test_realistic_ratio`, `val_realistic_ratios`, `ratio_unit`, `confidence`
+    say: Callable[[str], None] = print, # Where the thresholds go, one line each
+) -> Path: # threshold.json
+    "Choose the thresholds of a run, and write them."
+    part = calibration_part(run.split)
+    chosen, found = choose_thresholds(run.scores[part], run.scores["val"], config.target_precision, [config.test_realistic_ratio, *config.val_realistic_ratios], config.ratio_unit,
+        confidence=config.confidence, calibrator=run.calibrator, block_size_px=run.split.certificate["block_size_px"])
+    for key, t in found.items():
+        what = t.reason if t.logit is None else f"logit {t.logit:.2f}, probability {t.probability:.3f}, precision {t.precision:.2f}, recall {t.recall:.2f}; " + (t.reason or f"certified for {t.target_precision:g}")
+        say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
+    return write_json(run.path/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})
+
+def write_outlines(
+    run: Run, # With its threshold and calibrator
+    maps: dict[str, Path], # Maps of probabilities, by scene
+    tile_size: int, # Side of the tiles to label next, in pixels
+    min_pixels: int = 1, # Smaller objects are left out
+    say: Callable[[str], None] = print, # Where the sums go
+) -> list[Path]: # Polygons, blocks of the gate, gate.json, tiles to label next
+    "Outline the maps of a run, and mark where its certificate holds."
+    found, gate, paths = outline_maps(maps, run.threshold, run.calibrator, run.path/"map", min_pixels=min_pixels)
+    say(f"  {sum(map(len, found))} polygons, {sum(p.area_m2.sum() for p in found)/1e4:.2f} ha" + (f"; {gate.summary()}" if gate else ""))
+    kept = gate.to_dict() if gate else dict(reason="the threshold of the map has no gate")
+    return [*paths, write_json(run.path/"gate.json", kept), *write_polygons(label_next(maps, tile_size), run.path/"map", "label_next")]
+
 # %% ../../nbs/recipes/70_pipeline.ipynb #4dde9d55
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
@@ -399,3 +456,18 @@ def three_of(
     start = max(0, n//2 - each//2)
     picks = dict([(i, "typical") for i in order[start:start + each]] + [(i, "worst") for i in order[:min(each, n//2)]] + [(i, "best") for i in order[n - min(each, (n + 1)//2):]])
     return sorted(((kind, i) for i, kind in picks.items()), key=lambda k: (["best", "worst", "typical"].index(k[0]), -values[k[1]]))
+
+# %% ../../nbs/recipes/70_pipeline.ipynb #1e075176
+def write_samples(
+    path: Path, # `samples.npz`
+    tiles: Iterable[tuple], # Id, image (3, h, w) uint8, truth, probability, and where both are known, each (h, w)
+    cut: float, # Probability of the threshold
+) -> Path:
+    "Keep the best, the worst and some typical tiles for the report, by the IoU of what is flagged."
+    kept = [(id, image, truth & valid, p, valid) for id, image, truth, p, valid in tiles]
+    iou = np.array([(t & (p >= cut)).sum()/max(1, (t | ((p >= cut) & v)).sum()) for _, _, t, p, v in kept])
+    kinds, picks = zip(*three_of(iou)) if kept else ((), ())
+    ids, images, truth, probability, valid = (np.array([kept[i][j] for i in picks]) for j in range(5))
+    with atomic_file(path) as aside:
+        np.savez_compressed(aside, labels=np.array(kinds), ids=ids, iou=iou[list(picks)], images=images, truth=truth.astype(np.uint8), probability=probability.astype(np.float16), valid=valid)
+    return path

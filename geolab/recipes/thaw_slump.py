@@ -13,27 +13,24 @@ from pathlib import Path
 from textwrap import indent
 from typing import Callable, Iterable, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
 from pydantic import Field, field_validator, model_validator
 
-from ..core import Config, ConfigError, DataError, Ratio, RatioField, RunError, atomic_file, content_hash, override, seed_everything, write_json
+from ..core import Config, ConfigError, DataError, Ratio, RatioField, RunError, content_hash, override, seed_everything, write_json
 from ..data.augment import Augment, rgb_of
 from ..data.raster import find_images, fit_band_scale, has_valid_pixel, open_scenes, read_window
 from ..data.sampling import RatioSampler, passes, prior_of, reachable
 from ..data.splits import audit_labels, make_split
 from ..data.tiles import TileDataset
-from ..evaluation.calibration import Calibrator, ece, fit_temperature
 from ..evaluation.metrics import average_precision, class_metrics, metrics_at, summary, trivial_baselines
 from ..evaluation.scores import ScoreHistogram, save_scores
-from ..inference.vectorize import write_polygons
 from ..inference.windows import predict_raster
 from ..nn.losses import build_loss, initialise_bias
 from ..nn.segmentation import build_segmenter
-from .pipeline import (LabelsConfig, SplitConfig, Stage, area_of, batch_size_of, calibration_part, check_space, choose_thresholds, display, fingerprint, label_next, measure_map,
-    merge_config, objects_at, open_folder, outline_maps, start_run, three_of)
+from .pipeline import (LabelsConfig, SplitConfig, Stage, area_of, batch_size_of, calibrate_scores, calibration_part, check_space, display, fingerprint, measure_map, merge_config,
+    objects_at, open_folder, start_run, write_outlines, write_samples, write_thresholds)
 from ..report import build_report
 from ..training.baselines import pixel_logistic
 from ..training.fit import FitConfig, fit, score_dataset
@@ -277,25 +274,14 @@ def calibrate(self: Work):
     size = batch_size_of(c.batch_size, run.model, (len(run.scale.bands), *c.input_size), c.precision)
     scores = {part: score_dataset(run.model, self.tiles(run, part, own=True), batch_size=size) for part in dict.fromkeys(["val", fitted_on, "test"])}
     focal = (c.focal_alpha, c.focal_gamma) if c.loss == "focal" else None
-    try: calibrator, reason = fit_temperature(scores[fitted_on], focal=focal), None
-    except DataError as error: calibrator, reason = Calibrator(focal=focal), f"not calibrated: {error}"
-    if reason: self.say(f"  {reason}")
-    facts = dict(reason=reason, part=fitted_on, ece_before=ece(scores["test"]), ece_after=ece(scores["test"], calibrator), measured_on="test")
-    self.say(f"  temperature {calibrator.temperature:.3g}, bias {calibrator.bias:+.3g}; calibration error on test {facts['ece_before']:.2g} before, {facts['ece_after']:.2g} after")
+    calibrator, facts = calibrate_scores(scores, fitted_on, focal, self.say)
     return [save_scores(self.folder/"scores.npz", scores), write_json(self.folder/"calibration.json", calibrator.to_dict() | facts)]
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #1e0b1521
 @patch
 def choose(self: Work):
     "Choose a threshold for each ratio."
-    c, run = self.config, self.so_far
-    part = calibration_part(run.split)
-    chosen, found = choose_thresholds(run.scores[part], run.scores["val"], c.target_precision, [c.test_realistic_ratio, *c.val_realistic_ratios], c.ratio_unit,
-        confidence=c.confidence, calibrator=run.calibrator, block_size_px=run.split.certificate["block_size_px"])
-    for key, t in found.items():
-        what = t.reason if t.logit is None else f"logit {t.logit:.2f}, probability {t.probability:.3f}, precision {t.precision:.2f}, recall {t.recall:.2f}; " + (t.reason or f"certified for {t.target_precision:g}")
-        self.say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
-    return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
+    return [write_thresholds(self.so_far, self.config, self.say)]
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #88a0f60f
 @patch
@@ -312,11 +298,7 @@ def draw(self: Work):
 @patch
 def outline(self: Work):
     "Turn the maps into polygons, and mark where the certificate holds."
-    run, maps = self.so_far, {s.id: self.map_path(s) for s in self.scenes}
-    found, gate, paths = outline_maps(maps, run.threshold, run.calibrator, self.folder/"map", min_pixels=self.config.min_object_pixels)
-    self.say(f"  {sum(map(len, found))} polygons, {sum(p.area_m2.sum() for p in found)/1e4:.2f} ha" + (f"; {gate.summary()}" if gate else ""))
-    gate = gate.to_dict() if gate else dict(reason="the threshold of the map has no gate")
-    return [*paths, write_json(self.folder/"gate.json", gate), *write_polygons(label_next(maps, self.tile_size), self.folder/"map", "label_next")]
+    return write_outlines(self.so_far, {s.id: self.map_path(s) for s in self.scenes}, self.tile_size, self.config.min_object_pixels, self.say)
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #05ea76fe
 @patch
@@ -355,17 +337,13 @@ def evaluate(self: Work):
 @patch
 def save_samples(self: Work):
     "Write `samples.npz`."
-    run, bands, kept = self.so_far, self.scenes[0].bands, []
-    tiles, cut = run.split.tiles_of("test"), run.threshold.probability
-    for t in tiles[tiles.own_positive > 0].itertuples():
-        sample, probability, valid = self.on_the_map(t.scene, t.row, t.col, self.tile_size, self.tile_size)
-        truth, found = (sample["mask"] > 0) & valid, (probability >= cut) & valid
-        kept.append((t.id, (truth & found).sum()/max(1, (truth | found).sum()), display(sample["image"], sample["valid"], bands), truth, probability, valid))
-    kinds, picks = zip(*three_of([k[1] for k in kept]))
-    ids, iou, images, truth, probability, valid = (np.stack([kept[i][j] for i in picks]) for j in range(6))
-    with atomic_file(self.folder/"samples.npz") as aside:
-        np.savez_compressed(aside, labels=np.array(kinds), ids=ids, iou=iou, images=images, truth=truth.astype(np.uint8), probability=probability.astype(np.float16), valid=valid)
-    return self.folder/"samples.npz"
+    run, side = self.so_far, self.tile_size
+    rows = run.split.tiles_of("test")
+    def tiles():
+        for t in rows[rows.own_positive > 0].itertuples():
+            sample, probability, valid = self.on_the_map(t.scene, t.row, t.col, side, side)
+            yield t.id, display(sample["image"], sample["valid"], self.scenes[0].bands), sample["mask"] > 0, probability, valid
+    return write_samples(self.folder/"samples.npz", tiles(), run.threshold.probability)
 
 @patch
 def report(self: Work):
