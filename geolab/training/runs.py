@@ -301,6 +301,7 @@ def _facts(run) -> dict[str, str]:
         a, scale = spec["arguments"], spec["scale"]
         facts |= {"network": " / ".join(str(a[k]) for k in ("architecture", "encoder") if k in a) or spec["builder"], "parameters": f"{spec['parameters']:,}",
                   "input": f"{', '.join(scale['bands'])} ({scale['dtype']}), pixels of {scale['resolution']:g} m, tiles of {spec['tile_size']} px"}
+    if _have(run, "ensemble.json"): facts["ensemble"] = ", ".join(f"{name.replace('_', ' ')} {w:.2f}" for name, w in run.read("ensemble.json")["ensemble"]["weights"].items())
     if _have(run, "audit.json") and "total" in run.audit: facts["positive pixels"] = f"{run.audit['total']['positive']:,} ({run.audit['total']['positive_fraction']:.3%})"
     if _have(run, "metrics.json") and (test := run.metrics.get("test")):
         facts["test"] = f"average precision {_number(test['average_precision'])}, precision {_number(test['precision'])}, recall {_number(test['recall'])}, IoU {_number(test['iou'])}"
@@ -366,7 +367,9 @@ def _card_results(run):
 
 def _card_use(run):
     "How to use it, and where not to."
-    out = ["## Use", f"```python\nfrom geolab.training.runs import Run\nfrom geolab.inference.windows import predict_raster\npredict_raster(Run.load(\"{run.path.name}\"), \"image.tif\", \"map.tif\")\n```"]
+    code = f'from geolab.training.runs import Run\nfrom geolab.inference.windows import predict_raster\npredict_raster(Run.load("{run.path.name}"), "image.tif", "map.tif")'
+    if _have(run, "ensemble.json"): code = f'from geolab.inference.ensemble import load_ensemble_model\nload_ensemble_model("{run.path.name}").ensemble_predict(current_image, previous_image, temporal_sequence, dates=days)'
+    out = ["## Use", f"```python\n{code}\n```"]
     limits = ["The results hold for ground like that of the test blocks. Elsewhere, measure again before a map is published."]
     if _have(run, "threshold.json"): limits += [f"Threshold {ratio}: {t.reason}." for ratio, t in run.thresholds.items() if t.reason]
     if _have(run, "calibration.json") and "ece_after" in (c := read_json(run.path/"calibration.json")):

@@ -279,15 +279,16 @@ def view_series(
 ) -> Iterator[SeriesWindow]:
     "NDVI of tiles (or the first band, where red and nir have no such names) over all dates, with the run to be judged."
     by_id = {view.id: view for view in views}
-    for (place, *_), group in tiles.groupby([tiles.scene.str.partition("@")[0], "row", "col"], sort=False):
-        t, scene = group.iloc[0], stacks[place]
-        past = scene.take(bands=("red", "nir") if {"red", "nir"} <= set(scene.bands) else scene.bands[:1]).read(t.row, t.col, t.height, t.width)
+    for (place, *_), group in tiles.groupby([tiles.scene.str.partition("@")[0], "block", "row0", "col0"], sort=False):
+        scene, row, col = stacks[place], group.row.min(), group.col.min()
+        window = row, col, (group.row + group.height).max() - row, (group.col + group.width).max() - col
+        past = scene.take(bands=("red", "nir") if {"red", "nir"} <= set(scene.bands) else scene.bands[:1]).read(*window)
         series = greenness(past.image, past.bands)
-        for r in group.itertuples():
-            view = by_id[r.scene]
-            mask, judged = view.judged(r.row, r.col, r.height, r.width)
-            judged[:r.skip_rows], judged[:, :r.skip_cols] = False, False
-            yield SeriesWindow(series, past.dates, past.valid & np.isfinite(series), view.first, view.last, mask, judged, r.block)
+        for view_id, mine in group.groupby("scene", sort=False):
+            mask, judged = by_id[view_id].judged(*window)
+            counted = np.zeros_like(judged)  # tiles of a block may overlap; every pixel is judged once
+            for t in mine.itertuples(): counted[t.row - row:t.row - row + t.height, t.col - col:t.col - col + t.width] = True
+            yield SeriesWindow(series, past.dates, past.valid & np.isfinite(series), by_id[view_id].first, by_id[view_id].last, mask, judged & counted, mine.block.iloc[0])
 
 # %% ../../nbs/training/57_season_trend.ipynb #37cd5bdb
 def mosum(
