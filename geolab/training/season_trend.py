@@ -284,11 +284,14 @@ def view_series(
         window = row, col, (group.row + group.height).max() - row, (group.col + group.width).max() - col
         past = scene.take(bands=("red", "nir") if {"red", "nir"} <= set(scene.bands) else scene.bands[:1]).read(*window)
         series = greenness(past.image, past.bands)
+        valid = past.valid & np.isfinite(series)
         for view_id, mine in group.groupby("scene", sort=False):
-            mask, judged = by_id[view_id].judged(*window)
-            counted = np.zeros_like(judged)  # tiles of a block may overlap; every pixel is judged once
-            for t in mine.itertuples(): counted[t.row - row:t.row - row + t.height, t.col - col:t.col - col + t.width] = True
-            yield SeriesWindow(series, past.dates, past.valid & np.isfinite(series), by_id[view_id].first, by_id[view_id].last, mask, judged & counted, mine.block.iloc[0])
+            mask, known = by_id[view_id].judged(*window)
+            for t in mine.itertuples():
+                inside = np.s_[..., t.row - row:t.row - row + t.height, t.col - col:t.col - col + t.width]
+                judged = known[inside].copy()
+                judged[:t.skip_rows], judged[:, :t.skip_cols] = False, False  # every pixel is judged once
+                yield SeriesWindow(series[inside], past.dates, valid[inside], by_id[view_id].first, by_id[view_id].last, mask[inside], judged, t.block)
 
 # %% ../../nbs/training/57_season_trend.ipynb #37cd5bdb
 def mosum(

@@ -7,7 +7,7 @@ __all__ = ['read_changes', 'clear_shares', 'chain', 'choose_runs', 'View', 'both
            'fit_stack_scale', 'unit_scale', 'narrow', 'StackTiles', 'stack_logits', 'joint_logits', 'view_reader',
            'view_score', 'FlatTiles']
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #5da0afd8
+# %% ../../nbs/training/55_stack_tiles.ipynb #a89fee74
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from ..data.tiles import TileDataset
 from ..nn.convlstm import ConvLSTM, GapAwareConvLSTM
 from ..nn.segmentation import ChangeSegmenter
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #702e9581
+# %% ../../nbs/training/55_stack_tiles.ipynb #6657d84c
 def read_changes(
     path, # Vector file, or polygons in memory
     date_column: str = "date", # Attribute with the day of the change, as text (2020-03-18), a date, or days since 1970-01-01
@@ -45,7 +45,7 @@ def read_changes(
         raise DataError(f"{int(lost.sum())} of {len(polygons)} polygons have no date in `{date_column}`, the first is number {int(lost.argmax())}; date them, or leave them out")
     return polygons.assign(day=to_days(polygons[date_column].tolist()))
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #3b5f0688
+# %% ../../nbs/training/55_stack_tiles.ipynb #242c7f0b
 def clear_shares(
     scene: DatedScene, # Rasters of any size
 ) -> Float[np.ndarray, " t"]: # From 0 to 1
@@ -53,7 +53,7 @@ def clear_shares(
     days, thin = np.unique(scene.dates), scene.take(bands=scene.bands[:1])
     return np.sum([thin.read(*window).valid.sum((1, 2)) for window in raster_windows(scene.info)], 0)/(scene.height*scene.width) if len(days) else np.zeros(0)
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #5d9723fd
+# %% ../../nbs/training/55_stack_tiles.ipynb #ebb581f2
 def chain(
     runs: Int[np.ndarray, "n steps"], # Of `Steps`: positions of dates, in order of the first
     start: int = 0, # First position that may be used
@@ -64,7 +64,7 @@ def chain(
         if run[0] >= start: kept.append(run); start = run[-1]
     return np.array(kept, np.int64).reshape(-1, runs.shape[1])
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #a5717555
+# %% ../../nbs/training/55_stack_tiles.ipynb #912e0464
 def choose_runs(
     scene: DatedScene, # A place
     *,
@@ -91,7 +91,7 @@ def choose_runs(
     return dict(dates=[iso(d) for d in days], clear=clear.tolist(), runs=days[runs].tolist(), chain=days[linked].tolist(), report=steps.report, reason=reason,
                 shifts=[round(s.size, 3) if s.known else None for s in shifts])
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #32dc1b26
+# %% ../../nbs/training/55_stack_tiles.ipynb #a7981ae9
 @dataclass(eq=False)
 class View:
     "A run of dates of one place; holds no pixels."
@@ -150,7 +150,7 @@ def seen_share(
     "Share of the dates that show a pixel."
     return np.asarray(valid, np.float64).mean(-3)
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #da98d664
+# %% ../../nbs/training/55_stack_tiles.ipynb #50a93d7e
 def stack_tiles(
     tiles: pd.DataFrame, # Rows of the tile index, e.g. `split.tiles_of("train")`; `scene` is the id of a place
     views: Sequence[View], # Runs; those of other places are not used
@@ -173,7 +173,7 @@ def stack_tiles(
                 if counts["own_valid"]: rows.append(tile | counts | dict(id=f"{tile['id']}@{view.id.partition('@')[2]}", scene=view.id))
     return pd.DataFrame(rows, columns=list(tiles.columns))
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #6cbcf90e
+# %% ../../nbs/training/55_stack_tiles.ipynb #d38f53ef
 def few(
     tiles: pd.DataFrame, # Rows of `stack_tiles`
     most: int|None, # Rows to keep; `None` keeps all
@@ -186,7 +186,7 @@ def few(
     kept = [rng.choice(np.flatnonzero(group), size, replace=False) for group, size in ((some, n), (~some, min(most - n, (~some).sum())))]
     return tiles.iloc[np.sort(np.concatenate(kept))].reset_index(drop=True)
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #ea7d0938
+# %% ../../nbs/training/55_stack_tiles.ipynb #a6fc527c
 @dataclass(frozen=True)
 class _AllDates:
     "A run that reads as one tall image, its dates below each other."
@@ -232,7 +232,7 @@ def narrow(
     at = [scale.bands.index(band) for band in bands]
     return replace(scale, bands=tuple(bands), mean=tuple(scale.mean[k] for k in at), std=tuple(scale.std[k] for k in at))
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #d6b6c952
+# %% ../../nbs/training/55_stack_tiles.ipynb #be1dc172
 class StackTiles(TileDataset):
     "Scaled tiles of dated stacks as torch samples."
     def __init__(self,
@@ -267,7 +267,7 @@ class StackTiles(TileDataset):
         if self._kept_bytes + n <= self.cache_bytes: self._kept[i], self._kept_bytes = held, self._kept_bytes + n
         return held
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #5315582d
+# %% ../../nbs/training/55_stack_tiles.ipynb #1069e389
 def stack_logits(
     network: nn.Module, # `ConvLSTM`, `GapAwareConvLSTM`, `ChangeSegmenter`, or any network of one image
     batch: dict, # Samples of `StackTiles`, put together
@@ -275,14 +275,14 @@ def stack_logits(
 ) -> tuple[Float[Tensor, "b h w"], Tensor, Bool[Tensor, "b h w"]]: # Logits, mask, pixels that count
     "Logits of a batch of dated tiles."
     image = batch["image"] if bands is None else batch["image"][:, :, list(bands)]
-    def single(t): return image[:, t].contiguous(memory_format=torch.channels_last)
+    def single(t): return image[:, t].masked_fill(~batch["valid"][:, t, None], 0).contiguous(memory_format=torch.channels_last)  # nothing borrowed from other dates
     if isinstance(network, GapAwareConvLSTM): logits = network(image, batch["dates"], batch["valid"])[0]
     elif isinstance(network, ConvLSTM): logits = network(image)[0]
     elif isinstance(network, ChangeSegmenter): logits = network(single(0), single(-1))
     else: logits = network(single(-1))
     return logits[:, 0], batch["mask"], batch["judged"]
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #31eb5088
+# %% ../../nbs/training/55_stack_tiles.ipynb #62ffe86f
 @torch.inference_mode()
 def joint_logits(
     networks: Mapping[str, tuple[nn.Module, Sequence[int]|None]], # By name: network, and positions of its bands
@@ -299,7 +299,7 @@ def joint_logits(
         there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         yield {name: stack_logits(network, there, bands)[0].float().cpu().numpy() for name, (network, bands) in networks.items()}, batch
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #cb70c92b
+# %% ../../nbs/training/55_stack_tiles.ipynb #b2c89463
 def view_reader(
     view: View,
     scale: BandScale, # Its bands are read
@@ -331,7 +331,7 @@ def view_score(
         return stack_logits(network, dict(image=image, valid=valid, dates=dates, mask=None, judged=None))[0][:, None]
     return score
 
-# %% ../../nbs/training/55_stack_tiles.ipynb #f2c0fa44
+# %% ../../nbs/training/55_stack_tiles.ipynb #9c78fc91
 class FlatTiles(Dataset):
     "Dated tiles as images whose channels are the bands of all dates."
     def __init__(self,
