@@ -491,7 +491,7 @@ def report(self: Work):
     samples, card = self.save_samples(), write_model_card(self.so_far)
     page = build_report(self.folder, [("members", "Members and rivals", part_members) if anchor == "training" else (anchor, *rest) for anchor, *rest in SECTIONS])
     self.say(f"  {page}")
-    return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
+    return [samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
 # %% ../../nbs/recipes/71_forest.ipynb #68d38576
 DATE_KEYS = ("seq_length", "max_gap_days", "min_clear", "history_days", "check_shifts", "clouds")

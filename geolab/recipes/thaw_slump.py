@@ -351,7 +351,7 @@ def report(self: Work):
     samples, card = self.save_samples(), write_model_card(self.so_far)
     page = build_report(self.folder)
     self.say(f"  {page}")
-    return [self.folder/"config.yaml", samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
+    return [samples, card, page, *sorted((self.folder/"figures").glob("*.png"))]
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #db2c7ce9
 def stages(
