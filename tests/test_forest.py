@@ -10,7 +10,7 @@ import rasterio
 
 from geolab.core import GeolabError, read_json, sha256_of, write_json
 from geolab.inference.ensemble import load_ensemble_model
-from geolab.recipes.forest import ForestConfig, Work, run
+from geolab.recipes.forest import ForestConfig, Work, member_bands, run
 from geolab.training.runs import Run
 
 SMALL = ["world.scenes=3", "world.size=160", "world.dates=26", "world.prevalence=0.08", "history_days=120", "min_clear=0.5", "patch_size=16", "num_epochs=2", "max_samples_per_epoch=32",
@@ -69,8 +69,8 @@ def test_the_map_is_what_the_ensemble_says(whole):
     view = work.views("test")[0]
     images = view.read(0, 0, view.info.height, view.info.width)
     clear = np.where(images["valid"][:, None], images["image"], np.nan)[None]
-    four, method = [work.bands.index(b) for b in ("red", "green", "blue", "nir")], read_json(out / "skills.json")["method"]
-    said = model.ensemble_predict(clear[:, -1], clear[:, 0][:, four], clear[:, :, four], method, dates=images["dates"], context=images["valid"].mean(0)[None] if method == "dynamic" else None)
+    few, method = [work.bands.index(b) for b in member_bands("convlstm", work.bands, work.config)], read_json(out / "skills.json")["method"]
+    said = model.ensemble_predict(clear[:, -1], clear[:, 0][:, few], clear[:, :, few], method, dates=images["dates"], context=images["valid"].mean(0)[None] if method == "dynamic" else None)
     with rasterio.open(work.map_path(view)) as src: drawn = src.read(1)
     both = np.isfinite(drawn) & np.isfinite(said["logits"][0])
     assert both.mean() > .3
