@@ -63,7 +63,7 @@ class CloudsConfig(Config):
 
 class WorldConfig(Config):
     "The made world that stands in for data."
-    scenes: int = Field(6, ge=1)
+    scenes: int = Field(5, ge=1)
     size: int = Field(448, ge=96)           # Side of a scene, in pixels
     dates: int = Field(36, ge=3)
     prevalence: float = Field(.05, gt=0, le=.2)  # Share of the pixels that change within all the time
@@ -144,7 +144,7 @@ input_channels: null
 hidden_channels: [16, 16]
 num_layers: 2
 batch_size: 16
-num_epochs: 10
+num_epochs: 8
 learning_rate: 3e-3
 max_samples_per_epoch: 640
 max_val_samples: 600

@@ -86,7 +86,7 @@ def choose_runs(
         except DataError as error: reason = str(error)
     linked = chain(runs, int(np.searchsorted(days, days[0] + history_days)))
     if len(runs) and not len(linked): linked, reason = chain(runs), f"no run begins {history_days} days after the first date, so all are measured, and a season-trend model has no past"
-    side, shifts = min(512, scene.height, scene.width), []
+    side, shifts = min(256, scene.height, scene.width), []
     if check_shifts and len(usable) > 1: shifts = check_registration(scene.take(days[usable]).read((scene.height - side)//2, (scene.width - side)//2, side, side))
     return dict(dates=[iso(d) for d in days], clear=clear.tolist(), runs=days[runs].tolist(), chain=days[linked].tolist(), report=steps.report, reason=reason,
                 shifts=[round(s.size, 3) if s.known else None for s in shifts])
