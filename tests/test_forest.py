@@ -133,7 +133,10 @@ def test_files_that_do_not_fit(files, tmp_path):
     first.with_name("place_0_undated.tif").rename(first.with_name(f"again_{first.name}"))
     assert "are both of" in refused("run", "forest", "--images", bad, "--labels", files / "labels.gpkg", "--out", tmp_path / "b")
     first.with_name(f"again_{first.name}").unlink()
-    assert "no cloud mask for" in refused("run", "forest", "--images", bad, "--labels", files / "labels.gpkg", "--masks", files / "masks" / "place_1", "--out", tmp_path / "c")
+    assert "steps lie apart" in refused("run", "forest", "--images", bad, "--labels", files / "labels.gpkg", "--masks", files / "masks" / "place_1", "--out", tmp_path / "c")
+    masks = shutil.copytree(files / "masks", tmp_path / "masks")
+    sorted((masks / "place_0").iterdir())[0].unlink()
+    assert "no cloud mask for 1 of" in refused("run", "forest", "--images", bad, "--labels", files / "labels.gpkg", "--masks", masks, "--out", tmp_path / "c")
     with rasterio.open(first, "r+") as src: src.crs = "EPSG:32634"
     assert "differ in their CRS" in refused("run", "forest", "--images", bad, "--labels", files / "labels.gpkg", "--out", tmp_path / "d")
     first.write_bytes(first.read_bytes()[:3000])
