@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import nn
 
-from ..core import Config, ConfigError, DataError, RunError, atomic_file, load_yaml, override, read_json, write_json
+from ..core import Config, ConfigError, DataError, atomic_file, load_yaml, read_json, write_json
 from ..data.casts import cut_casts, deal_casts, read_casting_table, repeat_defects
 from ..data.periods import PeriodSplit
 from ..data.series import CastingSequenceDataset, check_two_classes
@@ -35,7 +36,7 @@ from ..nn.attention import deletion_test
 from ..nn.sequence_nets import LSTMConfig, SteelDefectLSTM
 from ..page import Html, absent, figure, pick, table as html_table, tag
 from .flood import part_attention, part_periods, part_rivals, part_series_data, part_series_result, part_series_thresholds, write_series_card
-from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, choose_thresholds, fingerprint, merge_config, open_folder, start_run
+from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, choose_thresholds, fingerprint, merge_config, open_folder, resume_run, start_run
 from ..report import RunFiles, build_report, part_calibration, part_certificate, part_files, part_training
 from ..training.estimators import SteelDefectModel, as_series
 from ..training.runs import Run
@@ -478,18 +479,13 @@ def run(
     c = read_config(config, profile, [*settings, *([] if seed is None else [f"random_seed={seed}"])])
     return _go(c, Path(out), dict(table=None if table is None else str(Path(table).resolve())) | columns, profile, force, until, say)
 
+@delegates(resume_run)
 def resume(
     folder: str|Path, # A run folder
-    *,
-    settings: Iterable[str] = (), # `key=value` texts over its configuration
-    until: str|None = None, # Last stage to run
-    force: bool = False, # Make everything anew
-    say: Callable[[str], None] = print, # Where announcements go
+    **kwargs
 ) -> Run:
     "Continue a run with what its folder says."
-    stored = open_folder(folder, NAME)
-    if stored is None: raise RunError(f"{folder} is missing or empty; start with: geolab run {NAME} --out {folder}")
-    return _go(CastingConfig.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
+    return resume_run(folder, NAME, CastingConfig, _go, **kwargs)
 
 def _go(config, folder, data, profile, force, until, say):
     open_folder(folder, NAME)

@@ -18,9 +18,10 @@ from typing import Callable, Iterable, Literal
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from pydantic import Field
 
-from ..core import Config, ConfigError, DataError, MissingExtra, RunError, atomic_file, override, read_json, write_json
+from ..core import Config, ConfigError, DataError, MissingExtra, RunError, atomic_file, read_json, write_json
 from ..data.periods import PeriodSplit, plot_periods
 from ..data.series import Event, Windows, check_two_classes, make_windows
 from ..data.tables import TableConfig, add_features, cut_parts, open_table, prepare
@@ -30,7 +31,7 @@ from ..evaluation.metrics import plot_pr, pr_curve, summary, trivial_baselines
 from ..evaluation.scores import ScoreHistogram, load_scores, save_scores
 from ..nn.attention import plot_deletion
 from ..page import Html, Missing, absent, facts, figure, percent, pick, show, table, tag
-from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, choose_thresholds, fingerprint, merge_config, open_folder, start_run
+from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, choose_thresholds, fingerprint, merge_config, open_folder, resume_run, start_run
 from ..report import RunFiles, build_report, part_calibration, part_files, part_training
 from ..training.estimators import ConvLSTMFloodModel, SeriesTraining
 from ..training.runs import Run
@@ -457,18 +458,13 @@ def run(
     where = None if table is None else str(Path(table).resolve()) if Path(table).exists() else str(table)
     return _go(FloodConfig.parse(values), Path(out), dict(table=where, **named), profile, force, until, say)
 
+@delegates(resume_run)
 def resume(
     folder: str|Path, # A run folder
-    *,
-    settings: Iterable[str] = (), # `key=value` texts over its configuration
-    until: str|None = None, # Last stage to run
-    force: bool = False, # Make everything anew
-    say: Callable[[str], None] = print, # Where announcements go
+    **kwargs
 ) -> Run:
     "Continue a run with what its folder says."
-    stored = open_folder(folder, NAME)
-    if stored is None: raise RunError(f"{folder} is missing or empty; start with: geolab run {NAME} --out {folder}")
-    return _go(FloodConfig.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
+    return resume_run(folder, NAME, FloodConfig, _go, **kwargs)
 
 def _go(config, folder, data, profile, force, until, say):
     open_folder(folder, NAME)

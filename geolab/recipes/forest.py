@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from pydantic import Field, model_validator
 
-from ..core import Config, ConfigError, DataError, Ratio, RatioField, RunError, atomic_file, content_hash, override, read_json, seed_everything, write_json
+from ..core import Config, ConfigError, DataError, Ratio, RatioField, atomic_file, content_hash, read_json, seed_everything, write_json
 from ..data.augment import Augment
 from ..data.raster import BandScale, Scene, open_scenes, read_window
 from ..data.sampling import RatioSampler, passes, prior_of, reachable
@@ -33,7 +34,7 @@ from ..inference.ensemble import combine_maps, fit_ensemble, load_ensemble_model
 from ..inference.windows import predict_windows
 from ..nn.losses import build_loss, initialise_bias
 from .pipeline import (LabelsConfig, SplitConfig, Stage, area_of, calibrate_scores, calibration_part, check_space, contest, display, fingerprint, measure_map, merge_config,
-    objects_at, open_folder, start_run, write_outlines, write_samples, write_thresholds)
+    objects_at, open_folder, resume_run, start_run, write_outlines, write_samples, write_thresholds)
 from ..report import SECTIONS, build_report, part_members
 from ..training.baselines import pixel_logistic
 from ..training.fit import FitConfig, fit
@@ -560,18 +561,13 @@ def run(
     where = [None if p is None else str(Path(p).resolve()) if Path(p).exists() else str(p) for p in (labels, masks, aoi)]
     return _go(ForestConfig.parse(values), Path(out), dict(images=files, labels=where[0], masks=where[1], aoi=where[2], date_pattern=date_pattern), profile, force, until, say)
 
+@delegates(resume_run)
 def resume(
     folder: str|Path, # A run folder
-    *,
-    settings: Iterable[str] = (), # `key=value` texts over its configuration
-    until: str|None = None, # Last stage to run
-    force: bool = False, # Make everything anew
-    say: Callable[[str], None] = print, # Where announcements go
+    **kwargs
 ) -> Run:
     "Continue a run with what its folder says."
-    stored = open_folder(folder, NAME)
-    if stored is None: raise RunError(f"{folder} is missing or empty; start with: geolab run {NAME} --out {folder}")
-    return _go(ForestConfig.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
+    return resume_run(folder, NAME, ForestConfig, _go, **kwargs)
 
 def _go(config, folder, data, profile, force, until, say):
     open_folder(folder, NAME)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBSERVED', 'PROMISED', 'Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'LabelsConfig', 'SplitConfig',
-           'fingerprint', 'check_space', 'open_folder', 'start_run', 'batch_size_of', 'calibration_part', 'best_f',
-           'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next', 'contest',
-           'calibrate_scores', 'write_thresholds', 'write_outlines', 'display', 'three_of', 'write_samples']
+           'fingerprint', 'check_space', 'open_folder', 'start_run', 'resume_run', 'batch_size_of', 'calibration_part',
+           'best_f', 'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next',
+           'contest', 'calibrate_scores', 'write_thresholds', 'write_outlines', 'display', 'three_of', 'write_samples']
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
 import copy, errno, shutil, time
@@ -214,6 +214,23 @@ def start_run(
         with atomic_file(path) as aside: aside.write_text(text)
     run_stages(stages, work, path.parent, config, recipe=recipe, inputs=inputs, until=until, force=force, begin=begin, say=say)
     return Run.load(path.parent, partial=until is not None)
+
+# %% ../../nbs/recipes/70_pipeline.ipynb #f91d9a84
+def resume_run(
+    folder: Path|str, # A run folder
+    recipe: str, # Its recipe
+    config: type[Config], # Configuration of that recipe
+    go: Callable[..., Run], # Starts it, given configuration, folder, data, profile, `force`, `until` and `say`
+    *,
+    settings: Iterable[str] = (), # `key=value` texts over its configuration
+    until: str|None = None, # Last stage to run; `None` runs all
+    force: bool = False, # Make everything anew
+    say: Callable[[str], None] = print, # Where announcements go
+) -> Run: # The finished run; with `until` what there is of it
+    "Continue a run with what its folder says."
+    stored = open_folder(folder, recipe)
+    if stored is None: raise RunError(f"{folder} is missing or empty; start with: geolab run {recipe} --out {folder}")
+    return go(config.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #37f5be59
 def batch_size_of(

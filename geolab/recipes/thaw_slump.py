@@ -16,9 +16,10 @@ from typing import Callable, Iterable, Literal
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from pydantic import Field, field_validator, model_validator
 
-from ..core import Config, ConfigError, DataError, Ratio, RatioField, RunError, content_hash, override, seed_everything, write_json
+from ..core import Config, ConfigError, DataError, Ratio, RatioField, content_hash, seed_everything, write_json
 from ..data.augment import Augment, rgb_of
 from ..data.raster import find_images, fit_band_scale, has_valid_pixel, open_scenes, read_window
 from ..data.sampling import RatioSampler, passes, prior_of, reachable
@@ -30,7 +31,7 @@ from ..inference.windows import predict_raster
 from ..nn.losses import build_loss, initialise_bias
 from ..nn.segmentation import build_segmenter
 from .pipeline import (LabelsConfig, SplitConfig, Stage, area_of, batch_size_of, calibrate_scores, calibration_part, check_space, display, fingerprint, measure_map, merge_config,
-    objects_at, open_folder, start_run, write_outlines, write_samples, write_thresholds)
+    objects_at, open_folder, resume_run, start_run, write_outlines, write_samples, write_thresholds)
 from ..report import build_report
 from ..training.baselines import pixel_logistic
 from ..training.fit import FitConfig, fit, score_dataset
@@ -416,18 +417,13 @@ def run(
     where = [None if p is None else str(Path(p).resolve()) if Path(p).exists() else str(p) for p in (labels, aoi)]
     return _go(ThawSlumpConfig.parse(values), Path(out), dict(images=files, labels=where[0], aoi=where[1]), profile, force, until, say)
 
+@delegates(resume_run)
 def resume(
     folder: str|Path, # A run folder
-    *,
-    settings: Iterable[str] = (), # `key=value` texts over its configuration
-    until: str|None = None, # Last stage to run
-    force: bool = False, # Make everything anew
-    say: Callable[[str], None] = print, # Where announcements go
+    **kwargs
 ) -> Run:
     "Continue a run with what its folder says."
-    stored = open_folder(folder, NAME)
-    if stored is None: raise RunError(f"{folder} is missing or empty; start with: geolab run {NAME} --out {folder}")
-    return _go(ThawSlumpConfig.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
+    return resume_run(folder, NAME, ThawSlumpConfig, _go, **kwargs)
 
 def _go(config, folder, data, profile, force, until, say):
     open_folder(folder, NAME)
