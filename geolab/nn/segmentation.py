@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['architectures', 'encoders', 'Segmenter', 'build_segmenter', 'describe', 'ChangeSegmenter', 'build_change_network',
-           'ChannelAdapter']
+           'UnetWithAttention', 'class_logits', 'ChannelAdapter']
 
 # %% ../../nbs/nn/34_segmentation.ipynb #145be34d
 import re
@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, GeolabError, check_shape, nearest
+from .attention import SpatialAttentionModule
+from .losses import CoralHead, coral_probabilities, initialise_bias
 
 # %% ../../nbs/nn/34_segmentation.ipynb #cf0b1cbe
 def architectures() -> list[str]: # For example `unet`, `unetplusplus`, `deeplabv3plus`
@@ -247,6 +249,61 @@ def build_change_network(
     if _key(architecture) == "dpt": raise ConfigError("dpt has tokens beside its maps, which two dates cannot share; take another architecture, for example unet")
     plain = build_segmenter(architecture, encoder, in_channels=in_channels, classes=classes, input_size=input_size, encoder_weights=encoder_weights)
     return ChangeSegmenter(plain.network, plain.arguments | dict(fusion=fusion), plain.minimum, plain.multiple, plain.maximum)
+
+# %% ../../nbs/nn/34_segmentation.ipynb #7370c231
+class UnetWithAttention(Segmenter):
+    "A U-Net with attention on what the encoder gives, and two heads for ordered classes."
+    def __init__(self,
+        encoder: str = "efficientnet-b4", # As for `build_segmenter`
+        *,
+        in_channels: int = 3, # Bands of the image
+        classes: int = 3, # Number K of classes in their order, 2 or more
+        attention_at: Sequence[str] = ("bottleneck", "skips"), # Where gates stand: at the deepest level, at all others that the decoder reads, or nowhere
+        dropout: float = .4, # Probability with which a channel of the decoder's last map is left out in training
+        input_size: int|Sequence[int]|None = None, # As for `build_segmenter`
+        encoder_weights: str|bool|None = None, # As for `build_segmenter`
+    ):
+        places = [attention_at] if isinstance(attention_at, str) else list(attention_at)
+        if set(places) - {"bottleneck", "skips"}: raise ConfigError(f"`attention_at` takes bottleneck and skips, got {', '.join(map(str, places))}")
+        if not 0 <= dropout < 1: raise ConfigError(f"`dropout` must lie from 0 to below 1, got {dropout}")
+        if not (isinstance(classes, int) and classes >= 2): raise ConfigError(f"`classes` must be 2 or more, got {classes!r}; one class has no order")
+        plain = build_segmenter("unet", encoder, in_channels=in_channels, classes=classes, input_size=input_size, encoder_weights=encoder_weights)
+        arguments = {k: v for k, v in plain.arguments.items() if k != "architecture"} | dict(attention_at=places, dropout=dropout)
+        super().__init__(plain.network, arguments, plain.minimum, plain.multiple, plain.maximum)
+        channels = dict(enumerate(plain.network.encoder.out_channels))
+        *skips, deepest = [i for i, c in channels.items() if i and c]
+        levels = skips*("skips" in places) + [deepest]*("bottleneck" in places)
+        self.attention = nn.ModuleDict({str(i): SpatialAttentionModule(channels[i], identity=True) for i in levels})
+        self.dropout = nn.Dropout2d(dropout)
+        self.ranks = CoralHead(plain.network.segmentation_head[0].in_channels, classes)
+
+    def start_at(self,
+        prior: Sequence[float], # Shares of the K classes, each above 0, which sum to 1
+    ) -> "UnetWithAttention":
+        "Set the biases of both heads so that a network that knows nothing is right on average."
+        self.ranks.start_at(prior)
+        initialise_bias(self.network.segmentation_head, prior)
+        return self
+
+    def forward(self,
+        image: Float[Tensor, "b c h w"], # Standardised bands; any h and w
+    ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b r h w"]]: # Logits of the K classes, and of the K - 1 questions
+        "Logits of both heads for a batch of images."
+        h, w = self._checked(image)
+        with _lone("unet", image.shape):
+            levels = self.network.encoder(_mirrored(image, *self.padded(h, w)))
+            levels = [self.attention[str(i)](x) if str(i) in self.attention else x for i, x in enumerate(levels)]
+            features = self.dropout(self.network.decoder(levels))
+            return tuple(head(features)[..., :h, :w] for head in (self.network.segmentation_head, self.ranks))
+
+# %% ../../nbs/nn/34_segmentation.ipynb #171023d3
+def class_logits(
+    outputs: tuple[Float[Tensor, "b k h w"], Float[Tensor, "b r h w"]], # Logits of both heads, from `UnetWithAttention`
+    head: Literal["classes", "coral"] = "classes", # Which head to believe
+) -> Float[Tensor, "b k h w"]: # Logits of the K classes; their softmax are the probabilities
+    "Class logits from either head."
+    if head not in ("classes", "coral"): raise ConfigError(f"`head` is classes or coral, got {head!r}")
+    return outputs[0] if head == "classes" else coral_probabilities(outputs[1]).clamp(min=1e-12).log()
 
 # %% ../../nbs/nn/34_segmentation.ipynb #7a8cc107
 def _band_names(names, what):
