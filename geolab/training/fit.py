@@ -115,9 +115,10 @@ def score_dataset(
     workers: int = 0, # Processes that load tiles
     progress: bool = True, # Show a bar
     read: Callable = image_logits, # How the network reads a batch
+    counter: Callable = ScoreHistogram, # Makes what counts, from the blocks; for several classes `partial(OrdinalScores, classes=...)`
 ) -> ScoreHistogram: # Counts of all valid pixels
     "Count the logits of a network over a data set."
-    histogram = ScoreHistogram(blocks_of(dataset) if blocks is None else blocks)
+    histogram = counter(blocks_of(dataset) if blocks is None else blocks)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
     with _evaluating(network, device):
@@ -324,7 +325,8 @@ def _refuse(f, what, batch, where):
 
 def _validate(f, module):
     "Losses and metrics of the network as it stands; several processes share the tiles."
-    world, device, histogram = module.trainer.world_size, module.device, ScoreHistogram(f.blocks)
+    world, device, histogram = module.trainer.world_size, module.device, f.counter(f.blocks)
+    counters = getattr(histogram, "counters", (histogram,))
     if f.val_loader is None:
         part, workers = Subset(f.val, range(module.global_rank, len(f.val), world)), f.config.workers
         f.val_loader = DataLoader(part, f.config.batch_size, num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda", generator=torch.Generator())
@@ -335,7 +337,8 @@ def _validate(f, module):
     sums = [*sums, sum(module.losses), len(module.losses)]
     if world > 1:
         add = lambda x: module.trainer.strategy.reduce(torch.as_tensor(x).to(device), reduce_op="sum").cpu()
-        histogram.counts, histogram.tiles, sums = add(histogram.counts).numpy(), add(histogram.tiles).numpy(), add(torch.tensor(sums, dtype=torch.float64)).tolist()
+        for counted, name in ((c, name) for c in counters for name in ("counts", "tiles") if hasattr(c, name)): setattr(counted, name, add(getattr(counted, name)).numpy())
+        sums = add(torch.tensor(sums, dtype=torch.float64)).tolist()
     losses = dict(train_loss=sums[2]/sums[3], val_loss=sums[0]/sums[1] if sums[1] else None)
     return {k: None if v is None or not math.isfinite(v) else float(v) for k, v in (losses | dict(f.val_metrics(histogram))).items()}
 
@@ -410,11 +413,12 @@ def _train(f, trainer_kwargs):
             raise
 
 # %% ../../nbs/training/50_fit.ipynb #a9ad5680
-def _check_metric(config, blocks, val_metrics):
+def _check_metric(config, blocks, val_metrics, counter):
     "Raise `ConfigError` unless the early stopping metric will be there."
-    probe = ScoreHistogram(blocks)
-    z = torch.linspace(-3, 3, 8)[None].repeat(2*len(blocks), 1)
-    probe.update(z, (z > 1) & (torch.arange(len(z)) < len(blocks))[:, None], block=[*blocks, *blocks])
+    probe = counter(blocks)
+    if isinstance(probe, ScoreHistogram):
+        z = torch.linspace(-3, 3, 8)[None].repeat(2*len(blocks), 1)
+        probe.update(z, (z > 1) & (torch.arange(len(z)) < len(blocks))[:, None], block=[*blocks, *blocks])
     names = ["train_loss", "val_loss", *val_metrics(probe)]
     if config.early_stopping_metric not in names:
         close = nearest(config.early_stopping_metric, names)
@@ -443,6 +447,7 @@ def fit(
     key: Any = None, # Plain value for what else the result depends on (data, loss, augmentation): another one is refused
     on_epoch: Callable[[dict], None]|None = None, # Called with each row of the history
     read: Callable = image_logits, # How the network reads a batch
+    counter: Callable = ScoreHistogram, # Makes what counts the validation logits, as in `score_dataset`; `val_metrics` gets it
     progress: bool = True, # Show a bar
     trainer_kwargs: dict|None = None, # For Lightning's Trainer, e.g. `dict(devices=4, strategy="ddp")`
 ) -> FitResult: # The network has its best weights and is in evaluation mode
@@ -452,12 +457,12 @@ def fit(
     journal = _Journal(out, config, call)
     if journal.state["stopped"] is None:
         blocks = blocks_of(val)
-        _check_metric(config, blocks, val_metrics)
+        _check_metric(config, blocks, val_metrics, counter)
         batches = EpochBatches(train, config.batch_size, sampler=sampler, seed=seed, steps=config.steps_per_epoch, workers=config.workers)
         bf16 = config.precision == "bf16" or config.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         done = batches.order.epoch = journal.state["epoch"]
         with progress_bar(total=config.max_epochs*len(batches), initial=done*len(batches), unit="step", disable=not progress) as bar:
-            f = SimpleNamespace(network=network, loss=loss, batches=batches, val=val, val_loader=None, blocks=blocks, val_metrics=val_metrics, journal=journal,
+            f = SimpleNamespace(network=network, loss=loss, batches=batches, val=val, val_loader=None, blocks=blocks, val_metrics=val_metrics, counter=counter, journal=journal,
                                 config=config, seed=seed, read=read, on_epoch=on_epoch, bf16=bf16, bar=bar)
             try: _train(f, trainer_kwargs or {})
             finally:
