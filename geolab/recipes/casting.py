@@ -36,7 +36,7 @@ from ..nn.attention import deletion_test
 from ..nn.sequence_nets import LSTMConfig, SteelDefectLSTM
 from ..page import Html, absent, figure, pick, table as html_table, tag
 from .flood import part_attention, part_periods, part_rivals, part_series_data, part_series_result, part_series_thresholds, write_series_card
-from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, choose_thresholds, fingerprint, merge_config, open_folder, resume_run, start_run
+from .pipeline import Stage, calibrate_scores, calibration_part, check_space, fingerprint, merge_config, open_folder, resume_run, start_run, write_thresholds
 from ..report import RunFiles, build_report, part_calibration, part_certificate, part_files, part_training
 from ..training.estimators import SteelDefectModel, as_series
 from ..training.runs import Run
@@ -305,12 +305,7 @@ def calibrate(self: Work):
 @patch
 def choose(self: Work):
     "Choose the threshold of an alarm."
-    c, run, on = self.config, self.so_far, calibration_part(self.split)
-    chosen, found = choose_thresholds(run.scores[on], run.scores["val"], c.target_precision, [OBSERVED], confidence=c.confidence, calibrator=run.calibrator)
-    for key, t in found.items():
-        what = t.reason if t.logit is None else f"probability {t.probability:.3f}, precision {t.precision:.2f}, recall {t.recall:.2f}; " + (t.reason or f"certified for {t.target_precision:g}")
-        self.say(f"  {key}{' (alarms)' if key == chosen else ''}: {what}")
-    return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=on) | {k: t.to_dict() for k, t in found.items()})]
+    return [write_thresholds(self.so_far, self.config, self.say, "alarms")]
 
 # %% ../../nbs/recipes/75_casting.ipynb #d54c3284
 @patch

@@ -31,7 +31,7 @@ from ..evaluation.metrics import plot_pr, pr_curve, summary, trivial_baselines
 from ..evaluation.scores import ScoreHistogram, load_scores, save_scores
 from ..nn.attention import plot_deletion
 from ..page import Html, Missing, absent, facts, figure, percent, pick, show, table, tag
-from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, choose_thresholds, fingerprint, merge_config, open_folder, resume_run, start_run
+from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, fingerprint, merge_config, open_folder, resume_run, start_run, write_thresholds
 from ..report import RunFiles, build_report, part_calibration, part_files, part_training
 from ..training.estimators import ConvLSTMFloodModel, SeriesTraining
 from ..training.runs import Run
@@ -185,6 +185,7 @@ def load_flood(
     if (Path(folder)/"calibration.json").exists(): model.calibrator = Calibrator.from_dict(read_json(Path(folder)/"calibration.json"))
     return model
 
+# %% ../../nbs/recipes/72_flood.ipynb #61958b65
 @patch
 def calibrate(self: Work):
     "Score the held-out parts and fit the calibrator."
@@ -202,13 +203,9 @@ def _counted(logits, label, blocks): return ScoreHistogram(list(dict.fromkeys(bl
 @patch
 def choose(self: Work):
     "Choose the threshold of the alerts."
-    run, part = self.so_far, calibration_part(self.split)
-    chosen, found = choose_thresholds(run.scores[part], run.scores["val"], self.config.target_precision, [OBSERVED], confidence=self.config.confidence, calibrator=run.calibrator)
-    for key, t in found.items():
-        what = t.reason if t.logit is None else f"probability {t.probability:.3f}, precision {t.precision:.2f}, recall {t.recall:.2f}; " + (t.reason or f"certified for {t.target_precision:g}")
-        self.say(f"  {key}{' (of the alerts)' if key == chosen else ''}: {what}")
-    return [write_json(self.folder/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})]
+    return [write_thresholds(self.so_far, self.config, self.say, "of the alerts")]
 
+# %% ../../nbs/recipes/72_flood.ipynb #be6c5987
 @patch
 def rival_scores(self: Work) -> list[SeriesScores]:
     "Simpler methods, fitted on the training windows and asked about the test windows."
@@ -325,6 +322,7 @@ def part_periods(run: RunFiles) -> list[Html]:
     line = lambda: figure(run.path, "split", lambda ax: plot_periods(dated, ax).set(xlabel="year"), "Parts of the time line, with the gaps between them; ticks are windows with an event.", "Time line of each series, coloured by part.", (6.2, .9 + .3*n))
     return [tag("p", split.summary()), line() if (n := split.windows.group.nunique()) <= 12 else None, parts]
 
+# %% ../../nbs/recipes/72_flood.ipynb #62b67d1a
 def _with_interval(values, name):
     value, interval = pick(values, name), pick(values, "interval", name)
     return value if isinstance(value, Missing) or isinstance(interval, Missing) else Html(show(float(value)) + tag("small", f" {interval[0]:.2f}\u2013{interval[1]:.2f}"))
@@ -347,6 +345,7 @@ def part_rivals(run: RunFiles) -> list[Html]:
     return [table(note, ["method", "average precision", "network ahead by", "ROC area", "Brier skill", "accuracy", "parameters"], rows),
             figure(run.path, "pr", lambda ax: plot_pr(drawn, {"the network": run.threshold.get("logit")}, ax), "Precision over recall on the test windows. The band holds 95\u00a0% of curves from redrawn blocks; the dot is the threshold of the alerts.", f"Precision-recall curves of {', '.join(drawn)}.", (5.6, 3.6)) if drawn else absent("No curve: the test windows hold no event.")]
 
+# %% ../../nbs/recipes/72_flood.ipynb #7d10c38a
 def part_series_thresholds(run: RunFiles) -> list[Html]:
     "The threshold, what it promises, and the curve that it was chosen on."
     found, names = run.json("threshold.json"), {OBSERVED: "the wanted precision", "promised": "the highest precision that can be certified"}
@@ -364,6 +363,7 @@ def part_series_thresholds(run: RunFiles) -> list[Html]:
     draw = lambda ax: plot_certificate(curve, t["target_precision"], t.get("logit"), (p["recall"], p["target_precision"]) if p.get("certified") else None, ax)
     return [text, figure(run.path, "certificate", draw, "Precision over recall on the blocks that the threshold comes from, with their 95\u00a0% band. Dashed: the wanted precision; the dot: the threshold of the alerts; a triangle, where there is one: what is certified.", "Precision over recall with the certificate.", (4.6, 3.))]
 
+# %% ../../nbs/recipes/72_flood.ipynb #45e943e2
 def part_attention(run: RunFiles) -> list[Html]:
     "Where the network looks, and whether its answer depends on it."
     if not (run.path/"attention.npz").is_file(): return [absent("No attention: attention.npz is not in the run folder.")]
@@ -394,6 +394,7 @@ def part_series_use(run: RunFiles) -> list[Html]:
     code = f'from geolab.recipes.{run.about["recipe"]} import forecast\nforecast("{run.path.resolve().name}", "new_days.csv")'
     return [tag("p", "In Python:"), tag("pre", tag("code", code), tabindex=0), tag("p", "The table needs the columns of the training table; anything else is refused.")]
 
+# %% ../../nbs/recipes/72_flood.ipynb #f80e13f4
 SERIES_SECTIONS = (("result", "Result", part_series_result), ("data", "Data", part_series_data), ("split", "Split", part_periods), ("training", "Training", part_training), ("rivals", "The network beside simpler methods", part_rivals),
     ("thresholds", "Threshold and certificate", part_series_thresholds), ("calibration", "Calibration", part_calibration), ("attention", "Attention", part_attention))
 
@@ -437,6 +438,7 @@ def stages(
         Stage("report", "writing the report", Work.report, ("evaluate", "alerts")),
     ]
 
+# %% ../../nbs/recipes/72_flood.ipynb #7dc366d7
 def run(
     config: dict|str|Path|None = None, # Values over the profile: a dict or a YAML file
     *,
@@ -475,6 +477,7 @@ def _go(config, folder, data, profile, force, until, say):
     inputs = None if work.made else [fingerprint(files), data["label_column"], data["time_column"], data["group_column"]]
     return start_run(NAME, work, stages(work.made), profile=profile, data=data, inputs=inputs, until=until, force=force, say=say)
 
+# %% ../../nbs/recipes/72_flood.ipynb #e9cf1ebc
 def forecast(
     folder: str|Path, # A finished run
     source: str|Path, # Table like the one it was trained on; labels may be missing

@@ -31,6 +31,7 @@ from torch import nn
 from .. import __version__
 from ..core import Config, ConfigError, DataError, Ratio, RunError, atomic_file, content_hash, load_yaml, override, write_json
 from ..data.augment import rgb_of
+from ..data.periods import PeriodSplit
 from ..data.raster import read_info, read_window
 from ..data.splits import Split
 from ..evaluation.calibration import Calibrator, ece, fit_temperature
@@ -256,7 +257,7 @@ def batch_size_of(
     return size
 
 def calibration_part(
-    split: Split,
+    split: Split|PeriodSplit,
 ) -> str: # "cal", or "val" where the two fell together
     "The part that calibrator and thresholds come from."
     return "val" if split.certificate["cal_is_val"] else "cal"
@@ -426,16 +427,17 @@ def calibrate_scores(
 
 def write_thresholds(
     run: Run, # With its split, scores and calibrator
-    config: Any, # Of the recipe: `target_precision`, `test_realistic_ratio`, `val_realistic_ratios`, `ratio_unit`, `confidence`
+    config: Any, # Of the recipe: `target_precision`, `confidence`; for maps also `test_realistic_ratio`, `val_realistic_ratios`, `ratio_unit`
     say: Callable[[str], None] = print, # Where the thresholds go, one line each
+    use: str = "drawn on the map", # What the chosen one is for
 ) -> Path: # threshold.json
-    "Choose the thresholds of a run, and write them."
-    part = calibration_part(run.split)
-    chosen, found = choose_thresholds(run.scores[part], run.scores["val"], config.target_precision, [config.test_realistic_ratio, *config.val_realistic_ratios], config.ratio_unit,
-        confidence=config.confidence, calibrator=run.calibrator, block_size_px=run.split.certificate["block_size_px"])
+    "Choose the thresholds of a run, and write them; series have the one of their own rate."
+    part, ratios, more = calibration_part(run.split), [OBSERVED], {}
+    if isinstance(run.split, Split): ratios, more = [config.test_realistic_ratio, *config.val_realistic_ratios], dict(unit=config.ratio_unit, block_size_px=run.split.certificate["block_size_px"])
+    chosen, found = choose_thresholds(run.scores[part], run.scores["val"], config.target_precision, ratios, confidence=config.confidence, calibrator=run.calibrator, **more)
     for key, t in found.items():
         what = t.reason if t.logit is None else f"logit {t.logit:.2f}, probability {t.probability:.3f}, precision {t.precision:.2f}, recall {t.recall:.2f}; " + (t.reason or f"certified for {t.target_precision:g}")
-        say(f"  {key}{' (drawn on the map)' if key == chosen else ''}: {what}")
+        say(f"  {key}{f' ({use})' if key == chosen else ''}: {what}")
     return write_json(run.path/"threshold.json", dict(chosen=chosen, part=part) | {k: t.to_dict() for k, t in found.items()})
 
 def write_outlines(

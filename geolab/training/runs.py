@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import GeolabError, RunError, atomic_file, content_hash, load_yaml, nearest, read_json, sha256_of, write_json
+from ..data.periods import PeriodSplit
 from ..data.raster import BandScale
 from ..data.splits import Split
 from ..evaluation.calibration import Calibrator
@@ -222,11 +223,14 @@ class Run:
     @cached_property
     def about(self) -> dict: return self.read("config.yaml", load_yaml)
     @cached_property
-    def _loaded(self): return self.read("model.json", lambda path: load_model(path.parent))
+    def _loaded(self):
+        if (path := self.path/"model"/"model.json").exists():
+            raise RunError(f"{self.path} is a run on series, with a {(kind := read_json(path)['model'])} where a run on images has its network; load it with `load` of geolab.training.estimators.{kind} from {path.parent}")
+        return self.read("model.json", lambda path: load_model(path.parent))
     @cached_property
     def scores(self) -> dict: return self.read("scores.npz", load_scores)
     @cached_property
-    def split(self) -> Split: return self.read("split.json", Split.load)
+    def split(self) -> Split|PeriodSplit: return self.read("split.json", lambda path: (PeriodSplit if "windows" in read_json(path) else Split).load(path))
 
 # %% ../../nbs/training/51_runs.ipynb #05912f8d
 @patch(as_prop=True)
@@ -236,7 +240,7 @@ def config(self: Run) -> dict:
 
 @patch(as_prop=True)
 def model(self: Run) -> nn.Module:
-    "The network on the CPU, in evaluation mode; it returns logits."
+    "The network of a run on images, on the CPU, in evaluation mode; it returns logits."
     return self._loaded[0]
 
 @patch(as_prop=True)
@@ -332,7 +336,8 @@ def run_recipe(
 def write_model_card(
     run: Run, # May be unfinished
 ) -> Path: # MODEL_CARD.md in its folder
-    "Write the model card from the files of the run."
+    "Write the model card from the files of a run on images."
+    if (run.path/"model").is_dir(): raise RunError(f"{run.path} is a run on series; write its card with geolab.recipes.flood.write_series_card")
     parts = [f"# Model card: {run.path.resolve().name}", "\n".join(f"- **{k}**: {v}" for k, v in _facts(run).items() if k != "folder"), *_card_data(run), *_card_results(run), *_card_use(run)]
     with atomic_file(run.path/"MODEL_CARD.md") as aside: aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return run.path/"MODEL_CARD.md"
