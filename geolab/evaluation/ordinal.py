@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'PER_CLASS', 'ordinal_metrics', 'majority', 'ordinal_interval', 'ordinal_difference', 'decide',
-           'best_cuts', 'OrdinalScores', 'success_table', 'counts_as_json', 'compare_baseline', 'plot_confusion',
-           'plot_measures']
+           'best_cuts', 'OrdinalScores', 'ordinal_validation', 'success_table', 'counts_as_json', 'compare_baseline',
+           'plot_confusion', 'plot_measures']
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #f2fbe525
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import DataError
 from .calibration import SoftmaxCalibrator
-from .metrics import class_metrics, kappa, spearman
+from .metrics import average_precision, class_metrics, kappa, spearman
 from .scores import ConfusionCounts, ScoreHistogram
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #d5a87aac
@@ -156,8 +156,9 @@ class OrdinalScores:
         classes: Sequence[str], # Names of the K classes, from the lowest
         calibrator: SoftmaxCalibrator|None = None, # Applied to the logits first
         cuts: Sequence[float]|None = None, # As for `decide`
+        read: Callable|None = None, # From what the network gives to class logits; `None` takes it as it is
     ):
-        self.confusion, self.calibrator, self.cuts = ConfusionCounts(blocks, classes), calibrator, cuts
+        self.confusion, self.calibrator, self.cuts, self.read = ConfusionCounts(blocks, classes), calibrator, cuts, read
         self.ranks = tuple(ScoreHistogram(blocks) for _ in self.confusion.classes[1:])
 
     @property
@@ -175,7 +176,7 @@ class OrdinalScores:
         ids: Sequence[str]|None = None, # Names of the samples, for error messages
     ) -> "OrdinalScores": # The same object
         "Count one batch."
-        k = len(self.confusion.classes)
+        k, logits = len(self.confusion.classes), logits if self.read is None else self.read(logits)
         if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[1] != k:
             raise DataError(f"`logits` must be a tensor (b, {k}, ...), one channel for each of {', '.join(self.confusion.classes)}; got {tuple(getattr(logits, 'shape', ()))}")
         z = logits if self.calibrator is None else self.calibrator.logits(logits)
@@ -196,6 +197,15 @@ class OrdinalScores:
         new = cls(parts[name].blocks, parts[name].classes)
         new.confusion, new.ranks = parts[name], tuple(parts[f"{name} above {of}"] for of in parts[name].classes[:-1])
         return new
+
+# %% ../../nbs/evaluation/45_ordinal.ipynb #bb358099
+def ordinal_validation(
+    scores: OrdinalScores, # Counts of the validation tiles
+) -> dict[str, float|None]: # `None` where the set cannot say
+    "Metrics by name, for early stopping and the learning curves."
+    m, ap = ordinal_metrics(scores.confusion), [average_precision(rank) for rank in scores.ranks]
+    return dict(val_mean_ap=None if None in ap else float(np.mean(ap)), val_kappa=m["kappa"], val_kappa_quadratic=m["kappa_quadratic"]) | {
+        f"val_ap_above_{name}": x for name, x in zip(scores.confusion.classes, ap)}
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #0f0c6ed0
 def _value(metrics, name, classes):

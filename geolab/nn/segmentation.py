@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['architectures', 'encoders', 'Segmenter', 'build_segmenter', 'describe', 'ChangeSegmenter', 'build_change_network',
-           'UnetWithAttention', 'class_logits', 'ChannelAdapter']
+           'UnetWithAttention', 'class_logits', 'read_heads', 'HeadsLoss', 'ChannelAdapter']
 
 # %% ../../nbs/nn/34_segmentation.ipynb #145be34d
 import re
@@ -304,6 +304,30 @@ def class_logits(
     "Class logits from either head."
     if head not in ("classes", "coral"): raise ConfigError(f"`head` is classes or coral, got {head!r}")
     return outputs[0] if head == "classes" else coral_probabilities(outputs[1]).clamp(min=1e-12).log()
+
+# %% ../../nbs/nn/34_segmentation.ipynb #c204c20f
+def read_heads(
+    network: nn.Module, # A `UnetWithAttention`
+    batch: dict, # `image`, `mask`, `valid`
+) -> tuple[Float[Tensor, "b c h w"], Tensor, Tensor]: # Logits of both heads behind each other, mask, valid
+    "How `fit` reads a batch with a network of two heads."
+    return torch.cat(network(batch["image"].contiguous(memory_format=torch.channels_last)), 1), batch["mask"], batch["valid"]
+
+class HeadsLoss(nn.Module):
+    "A loss of pairs, on logits that stand behind each other."
+    def __init__(self,
+        loss: nn.Module, # Of a pair, e.g. `OrdinalLoss`
+        classes: int, # Number K of classes: the first K channels are one of the pair
+    ):
+        super().__init__()
+        self.loss, self.classes = loss, classes
+    def forward(self,
+        logits: Float[Tensor, "b c h w"], # From `read_heads`
+        target: Tensor, # As for the loss
+        valid: Tensor|None = None, # As for the loss
+    ) -> Tensor: # As the loss gives it
+        "Loss of a batch."
+        return self.loss((logits[:, :self.classes], logits[:, self.classes:]), target, valid)
 
 # %% ../../nbs/nn/34_segmentation.ipynb #7a8cc107
 def _band_names(names, what):
