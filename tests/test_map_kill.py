@@ -47,7 +47,10 @@ def half_a_copy(source, target, **kwargs):
 rasterio_copy = rasterio.shutil.copy
 
 def draw(job, events):
-    def score(x): os.write(events, b"."); return 2*x[:, :1] + 1
+    channels = job.get("channels", 1)
+    def score(x): os.write(events, b"."); return torch.cat([i*x + 1 for i in range(2, channels + 2)], 1)
+    bands = dict(name=[f"logit {i}" for i in range(channels)]) if channels > 1 else {}
+    if "legend" in job: bands = dict(transform_logits=lambda z: z.argmax(0).astype("uint8"), legend={i: ("grade", "#00ff00") for i in range(channels)})
     kind, n = job.get("die", [None, 0])
     if kind == "call": score = dying(score, n)
     if "halt" in job: score = halting(score, job["halt"])
@@ -55,7 +58,7 @@ def draw(job, events):
     if kind == "copy": rasterio.shutil.copy = half_a_copy
     if kind == "replace": os.replace = dying(os.replace, n)
     if kind == "replaced": os.replace = dying(os.replace, n, after=True)
-    try: predict_windows(score, job["src"], job["dst"], tile=32, overlap=.5, key="v1", overwrite=job.get("overwrite", False), progress=False)
+    try: predict_windows(score, job["src"], job["dst"], tile=32, overlap=.5, channels=channels, key="v1", overwrite=job.get("overwrite", False), progress=False, **bands)
     except GeolabError as error: os.write(events, f"{type(error).__name__}: {error}".encode()); os._exit(1)
     os._exit(0)
 
@@ -152,6 +155,23 @@ def test_killed_after_the_map_has_its_name(ask, source, straight, tmp_path):
     assert refused["status"] == 1 and "overwrite=True" in refused["error"]
     assert ask(src=source, dst=dst, overwrite=True) == dict(status=0, calls=0, error="")
     assert dst.read_bytes() == straight and names(tmp_path) == ["map.tif"]
+
+
+@pytest.mark.parametrize("more", [{}, dict(legend=True)])
+def test_three_channels_killed_then_continued(ask, source, tmp_path, more):
+    whole, dst = tmp_path/"whole"/"map.tif", tmp_path/"map.tif"
+    whole.parent.mkdir()
+    assert ask(src=source, dst=whole, channels=3, **more) == dict(status=0, calls=ROWS*COLS, error="")
+    made = names(whole.parent)
+    assert made == (["map.qml", "map.tif", "map.tif.aux.xml"] if more else ["map.tif"])
+    last = 4 if more else 2 # the journal's own, then names and style of the legend, and the map
+    for kind, n in [("call", 3*COLS + 2), ("fsync", 2 + 3*4 + 2), ("copy", 0), *[("replace", i) for i in range(2, last + 1)]]:
+        assert ask(src=source, dst=dst, channels=3, die=[kind, n], **more)["status"] == -9
+        assert not dst.exists()
+        assert ask(src=source, dst=dst, channels=3, **more)["status"] == 0
+        for name in made: assert (tmp_path/name).read_bytes() == (whole.parent/name).read_bytes()
+        for name in made: (tmp_path/name).unlink()
+        assert names(tmp_path) == ["whole"]
 
 
 @pytest.mark.parametrize("seed", range(3))
