@@ -1,16 +1,18 @@
 """`geolab run forest` as a person starts it: on a small made world and on files, killed and continued, and what it refuses."""
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
 
-from geolab.core import GeolabError, read_json, sha256_of, write_json
+from geolab.core import SplitError, read_json, sha256_of, write_json
 from geolab.inference.ensemble import load_ensemble_model
-from geolab.recipes.forest import ForestConfig, Work, member_bands, run
+from geolab.recipes.forest import ForestConfig, Work, member_bands
 from geolab.training.runs import Run
 
 SMALL = ["world.scenes=3", "world.size=160", "world.dates=26", "world.prevalence=0.08", "history_days=120", "min_clear=0.5", "patch_size=16", "num_epochs=2", "max_samples_per_epoch=32",
@@ -78,21 +80,21 @@ def test_the_map_is_what_the_ensemble_says(whole):
     np.testing.assert_allclose(drawn[both], want, atol=2e-5)
 
 
-def test_without_a_split_that_holds_nothing_is_trained(whole, tmp_path):
+def test_without_a_certificate_that_holds_nothing_is_trained(whole, tmp_path):
+    "The ledger takes the altered file for its own, so only the certificate can tell that test tiles became train tiles."
     out, _ = whole
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("members", "map"))
     work = Work(ForestConfig.parse(Run.load(out).config), tmp_path / "run", say=lambda text: None)
-    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("members", "map", "stages.json"))
     split = read_json(tmp_path / "run" / "split.json")
     split["tiles"]["part"] = ["train" if part == "test" else part for part in split["tiles"]["part"]]
-    write_json(tmp_path / "run" / "split.json", split)
-    shutil.copy(out / "stages.json", tmp_path / "run" / "stages.json")
-    with pytest.raises(GeolabError): work.train("convlstm")
+    work.so_far.log.record("split", "", [write_json(tmp_path / "run" / "split.json", split)], 0)
+    with pytest.raises(SplitError): work.train("convlstm")
     assert not (tmp_path / "run" / "members").exists()
 
 
 @pytest.fixture(scope="module")
 def files(whole, tmp_path_factory):
-    "The made world as files of one's own: two places."
+    "The made world as files of one's own: three places."
     data = tmp_path_factory.mktemp("files")
     for kind in ("images", "masks"):
         for k in range(3): shutil.copytree(whole[0] / "data" / kind / f"scene_{k}", data / kind / f"place_{k}")
@@ -114,11 +116,12 @@ def test_files_of_ones_own_give_the_same_samples(files, whole, tmp_path):
 @pytest.mark.parametrize("settings, text", [
     (["labels.date_column=when"], "no column `when` that says when a change happened"),
     (["labels.column=kind", "labels.positive=[flood]"], "has `kind` = ['flood']"),
-    (["min_clear=1", "max_gap_days=1"], "dates"),
+    (["min_clear=1"], "dates are at least 100% clear"),
     (["input_channels=40"], "input_channels is 40, the images have 12"),
     (["bands=[ndvi]"], "the images have no band `ndvi`"),
     (["scale=unit"], "set reflectance="),
-    (["history_days=100000", "seq_length=40"], "dates"),
+    (["max_gap_days=1"], "clear dates follow each other within 1 days"),
+    (["seq_length=40"], "and 40 are needed"),
 ])
 def test_settings_that_do_not_fit_the_files(files, tmp_path, settings, text):
     assert text in refused(*own(files, out=tmp_path / "run"), settings=[*SMALL, *settings])
@@ -143,8 +146,8 @@ def test_files_that_do_not_fit(files, tmp_path):
     assert first.name in refused("run", "forest", "--images", bad, "--labels", files / "labels.gpkg", "--out", tmp_path / "e")
     late = gpd.read_file(files / "labels.gpkg").assign(date="2031-01-01")
     late.to_file(tmp_path / "late.gpkg")
-    assert "positive" in refused("run", "forest", "--images", files / "images", "--masks", files / "masks", "--labels", tmp_path / "late.gpkg", "--out", tmp_path / "f")
-    assert "together" in refused("run", "forest", "--images", files / "images", "--out", tmp_path / "g")
+    assert "no positive pixel" in refused("run", "forest", "--images", files / "images", "--masks", files / "masks", "--labels", tmp_path / "late.gpkg", "--out", tmp_path / "f")
+    assert "images and labels belong together" in refused("run", "forest", "--images", files / "images", "--out", tmp_path / "g")
     assert not (tmp_path / "g").exists()
 
 
@@ -156,14 +159,19 @@ def test_labels_without_dates(files, tmp_path):
 
 
 def test_killed_and_continued(whole, tmp_path):
-    "Stages that were finished are kept; the end is the same to the byte."
-    out, settings = tmp_path / "run", SMALL
-    def stop(text):
-        if "train_convlstm:" in text: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): run(out=out, settings=settings, say=stop)
+    "Killed while the third member trains, after its first epoch: what was finished is kept, and the end is the same to the byte."
+    out = tmp_path / "run"
+    member, end = out / "members" / "convlstm", time.monotonic() + 600
+    def epochs(): return len(read_json(member / "history.json")) if (member / "history.json").exists() else 0
+    with subprocess.Popen(command("run", "forest", "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as going:
+        while not epochs() and going.poll() is None and time.monotonic() < end: time.sleep(.005)
+        going.kill()
+    assert going.returncode == -signal.SIGKILL
+    assert epochs() and not (member / "model.safetensors").exists()
     assert (out / "members" / "change_detection" / "model.safetensors").exists() and not (out / "ensemble.json").exists()
-    said = geolab("run", "forest", "--out", out)
-    assert said.count("done before") == 6
+    assert geolab("run", "forest", "--out", out).count("done before") == 6
+    def losses(folder, name): return [[row["train_loss"], row["val_loss"]] for row in read_json(folder / "members" / name / "history.json")]
     for name in ("forest_cover", "change_detection", "convlstm"):
         assert sha256_of(out / "members" / name / "model.safetensors") == sha256_of(whole[0] / "members" / name / "model.safetensors")
+        assert losses(out, name) == losses(whole[0], name)
     assert read_json(out / "metrics.json") == read_json(whole[0] / "metrics.json")
