@@ -259,12 +259,15 @@ def plot_steps(
 ): # The axes
     "The clear share of each date; filled: in a run, open: clear but too far from others, cross: too cloudy."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4, 2.5), dpi=72)[1]
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    ax = ax or plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
     when = steps.dates.astype("datetime64[D]")
     for where, marker, face, label in [(steps.used, "o", "C0", "in a run"), (steps.usable & ~steps.used, "o", "none", "too far apart"), (~steps.usable, "x", "C1", "too cloudy")]:
         if where.any(): ax.scatter(when[where], 100*clear[where], marker=marker, facecolors=face, **{} if marker == "x" else dict(edgecolors="C0"), label=label)
     ax.axhline(100*min_clear, color="grey", linewidth=.8)
     ax.set(xlabel="date", ylabel="clear (%)", ylim=(-5, 105))
+    ax.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=8))
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
     ax.legend(frameon=False, fontsize=7)
     return ax
 
