@@ -326,7 +326,10 @@ def _plan(run, found):
                  ["recall to keep", "share of background that may be false", "calibration blocks", "empty tiles in them"], rows)
 
 # %% ../nbs/69_report.ipynb #175e1c33
-def part_calibration(run: RunFiles) -> list[Html]:
+def part_calibration(
+    run: RunFiles,
+    unit: str = "pixels", # What the scores are of
+) -> list[Html]:
     "Reliability before and after."
     c, hist = run.json("calibration.json"), run.scores()
     if "temperature" not in c: return [absent(f"No calibration: {pick(c, 'temperature')}.")]
@@ -336,7 +339,7 @@ def part_calibration(run: RunFiles) -> list[Html]:
     if isinstance(hist, Missing): return [absent(f"No diagram: {hist}."), numbers]
     raw, calibrated = reliability(hist), reliability(hist, Calibrator.from_dict(c))
     return [figure(run.path, "reliability", lambda ax: plot_reliability(raw, calibrated, ax).legend(loc="center left", bbox_to_anchor=(1, .5)),
-        "Share of positives among test pixels of each probability, before and after calibration. On the dashed line a probability means what it says.",
+        f"Share of positives among test {unit} of each probability, before and after calibration. On the dashed line a probability means what it says.",
         f"Reliability diagram; calibration error {raw.ece:.2g} before and {calibrated.ece:.2g} after."), numbers]
 
 # %% ../nbs/69_report.ipynb #c68b91e2

@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'NAME', 'ABOUT', 'NETWORK', 'USE', 'SECTIONS', 'TRAIN_KEY
 
 # %% ../../nbs/recipes/75_casting.ipynb #1b5227a0
 import json, time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import indent
 from typing import Callable, Iterable, Literal, Sequence
@@ -412,7 +412,7 @@ def part_use(run: RunFiles) -> list[Html]:
 
 USE = 'from geolab.recipes.casting import load_detector\nload_detector("{}").predict_proba([readings])'
 SECTIONS = (("result", "Result", part_series_result), ("rivals", "The network and its rivals", part_rivals), ("data", "Casts and labels", part_series_data), ("split", "Parts", part_periods), ("training", "Training", part_training),
-    ("thresholds", "Thresholds", part_series_thresholds), ("certificate", "Certificate", part_certificate), ("calibration", "Calibration", part_calibration), ("explained", "Where it looked, and where the cause was", part_explained),
+    ("thresholds", "Thresholds", part_series_thresholds), ("certificate", "Certificate", part_certificate), ("calibration", "Calibration", partial(part_calibration, unit="casts")), ("explained", "Where it looked, and where the cause was", part_explained),
     ("attention", "Is the attention honest?", part_attention), ("targets", "Targets", part_targets), ("files", "Files", part_files), ("use", "How to use it", part_use))
 
 @patch

@@ -396,7 +396,7 @@ def part_series_use(run: RunFiles) -> list[Html]:
 
 # %% ../../nbs/recipes/72_flood.ipynb #f80e13f4
 SERIES_SECTIONS = (("result", "Result", part_series_result), ("data", "Data", part_series_data), ("split", "Split", part_periods), ("training", "Training", part_training), ("rivals", "The network beside simpler methods", part_rivals),
-    ("thresholds", "Threshold and certificate", part_series_thresholds), ("calibration", "Calibration", part_calibration), ("attention", "Attention", part_attention))
+    ("thresholds", "Threshold and certificate", part_series_thresholds), ("calibration", "Calibration", partial(part_calibration, unit="windows")), ("attention", "Attention", part_attention))
 
 def write_series_card(
     run: Run, # May be unfinished
