@@ -19,7 +19,7 @@ import typer
 from .core import ConfigError, GeolabError, nearest
 
 # %% ../nbs/90_cli.ipynb #022066f3
-RECIPES = {name: f"geolab.recipes.{name}" for name in ("forest", "flood", "thaw_slump", "casting")}
+RECIPES = {name: f"geolab.recipes.{name}" for name in ("forest", "flood", "landslide", "thaw_slump", "casting")}
 
 def recipe_module(
     name: str, # Name of a recipe, e.g. "thaw_slump"; a dash counts as an underscore
@@ -39,7 +39,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder, made by `geolab r
 Images = Annotated[list[str], typer.Option(help="Image file, folder or quoted glob; may be repeated. Without it the recipe makes its own world.")]
 Labels = Annotated[str, typer.Option(help="Vector file of polygons, or mask rasters (file, folder, glob) paired with the images by file stem.")]
 Aoi = Annotated[str, typer.Option(help="Vector file: inside it, the absence of a polygon means negative. Default: the whole valid image.")]
-Masks = Annotated[str, typer.Option(help="Dated images: folder of cloud rasters, found by their dates.")]
+Masks = Annotated[str, typer.Option(help="Cloud rasters: of dated images a folder, found by their dates; of others paired like labels, anything but 0 is cloud.")]
 DatePattern = Annotated[str, typer.Option(help="Dated images: where the date stands in file names. Default: %Y%m%d.")]
 Table = Annotated[str, typer.Option(help="Series: CSV or Parquet file, or a folder of them. Without it the recipe makes its own world.")]
 LabelColumn = Annotated[str, typer.Option(help="Series: column with 1 for an event and 0 for none. Default: what the recipe says.")]
@@ -88,9 +88,15 @@ def calibrate(folder: RunFolder, settings: Settings = None):
     _resume(folder, "threshold", settings)
 
 @app.command()
-def evaluate(folder: RunFolder, settings: Settings = None):
+def evaluate(folder: RunFolder, settings: Settings = None,
+             baseline: Annotated[Path, typer.Option("--compare-baseline", help="metrics.json of an earlier model: print how much better this run is, with intervals. Ordered classes only.")] = None):
     "Measure a run on its held-out test blocks."
+    from geolab.training.runs import run_recipe
+    module = recipe_module(name := run_recipe(folder))
+    if baseline and not hasattr(module, "compare"): raise ConfigError(f"--compare-baseline is for maps of ordered classes, such as landslide; {folder} is a run of {name}")
+    if baseline and not baseline.is_file(): raise ConfigError(f"{baseline} is missing; give the metrics.json of an earlier model")
     _resume(folder, "evaluate", settings)
+    if baseline: print(module.compare(folder, baseline)["says"])
 
 @app.command()
 def report(folder: RunFolder, settings: Settings = None):
@@ -101,7 +107,7 @@ def report(folder: RunFolder, settings: Settings = None):
 @app.command()
 def predict(folder: RunFolder,
             source: Annotated[Path, typer.Argument(help="Image to map: same bands, scale and resolution as in training.")],
-            target: Annotated[Path, typer.Argument(help="GeoTIFF to write.")],
+            target: Annotated[Path, typer.Argument(help="GeoTIFF to write; for landslide a folder, as it writes several maps.")],
             output: Annotated[str, typer.Option(help="probability, logit or class.")] = "probability",
             polygons: Annotated[bool, typer.Option("--polygons", help="Also write polygons beside it, as GeoParquet and GeoJSON.")] = False,
             overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False):
@@ -112,6 +118,9 @@ def predict(folder: RunFolder,
     from geolab.recipes.pipeline import outline_maps
     from geolab.training.runs import Run
     finished = Run.load(folder)
+    if hasattr(module := recipe_module(finished.recipe), "predict"):  # several maps of an image
+        if polygons or output != "probability" or target.suffix: raise ConfigError(f"a run of {finished.recipe} writes several maps: give a folder as the target, without --output and --polygons")
+        return print(*module.predict(folder, source, target, overwrite=overwrite), sep="\n")
     if polygons and output != "probability": raise ConfigError(f"--polygons needs --output probability, got {output}")
     print(predict_raster(finished, source, target, output=output, overwrite=overwrite))
     t, calibrator, gate = finished.threshold, finished.calibrator or Calibrator(), None

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MEASURES', 'PER_CLASS', 'ordinal_metrics', 'majority', 'ordinal_interval', 'ordinal_difference', 'decide',
            'best_cuts', 'OrdinalScores', 'ordinal_validation', 'success_table', 'counts_as_json', 'compare_baseline',
-           'plot_confusion', 'plot_measures']
+           'describe_difference', 'plot_confusion', 'plot_measures']
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #f2fbe525
+import warnings
 from typing import Callable, Mapping, Sequence
 
 import numpy as np
@@ -203,7 +204,8 @@ def ordinal_validation(
     scores: OrdinalScores, # Counts of the validation tiles
 ) -> dict[str, float|None]: # `None` where the set cannot say
     "Metrics by name, for early stopping and the learning curves."
-    m, ap = ordinal_metrics(scores.confusion), [average_precision(rank) for rank in scores.ranks]
+    with warnings.catch_warnings(action="ignore"):  # of logits beyond the bins, which an unfinished training may give
+        m, ap = ordinal_metrics(scores.confusion), [average_precision(rank) for rank in scores.ranks]
     return dict(val_mean_ap=None if None in ap else float(np.mean(ap)), val_kappa=m["kappa"], val_kappa_quadratic=m["kappa_quadratic"]) | {
         f"val_ap_above_{name}": x for name, x in zip(scores.confusion.classes, ap)}
 
@@ -258,6 +260,19 @@ def compare_baseline(
     ends = {name: None if found[name] is None else _shaped(_flat(found[name]) - fixed, k) for name in ("low", "high")}
     reason = found["reason"] or "the baseline was measured on other blocks or is numbers alone, and counts as exact; the true interval is wider"
     return dict(value=_shaped(_flat(ordinal_metrics(counts)) - fixed, k), **ends, confidence=confidence, reason=reason, baseline=_shaped(fixed, k), paired=False)
+
+# %% ../../nbs/evaluation/45_ordinal.ipynb #89d0c264
+def describe_difference(
+    found: Mapping, # Of `compare_baseline`
+    classes: Sequence[str], # Names of the classes
+) -> str: # A line per measure
+    "A comparison in words and numbers."
+    lines = []
+    for name in (*MEASURES, *(f"{kind} {of}" for of in classes for kind in PER_CLASS[:2])):
+        before, value, low, high = (_value(None if x is None else x, name, classes) for x in (found["baseline"], found["value"], found["low"], found["high"]))
+        if value is None: lines.append(f"{name:18} not in both")
+        else: lines.append(f"{name:18} {before:.3f} before, {before + value:.3f} now: {value:+.3f}" + ("" if low is None else f" ({found['confidence']:.0%} interval {low:+.3f} to {high:+.3f})"))
+    return "\n".join([*lines, *([found["reason"]] if found["reason"] else [])])
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #4554fd1d
 def plot_confusion(

@@ -26,7 +26,7 @@ from ..evaluation.calibration import Calibrator
 from ..evaluation.scores import load_scores
 from ..evaluation.thresholds import Threshold
 from ..nn.convlstm import ConvLSTM, GapAwareConvLSTM
-from ..nn.segmentation import build_change_network, build_segmenter
+from ..nn.segmentation import UnetWithAttention, build_change_network, build_segmenter
 
 # %% ../../nbs/training/51_runs.ipynb #c662c682
 class StageLog:
@@ -110,7 +110,7 @@ def _state(path, sha256, size):
     return "" if sha256_of(path) == sha256 else "altered"
 
 # %% ../../nbs/training/51_runs.ipynb #4cf50acc
-BUILDERS: dict[str, Callable[..., nn.Module]] = dict(segmenter=build_segmenter, change=build_change_network, convlstm=ConvLSTM, gap_convlstm=GapAwareConvLSTM)
+BUILDERS: dict[str, Callable[..., nn.Module]] = dict(segmenter=build_segmenter, change=build_change_network, unet_with_attention=UnetWithAttention, convlstm=ConvLSTM, gap_convlstm=GapAwareConvLSTM)
 
 def save_model(
     folder: Path|str, # The run folder
@@ -307,7 +307,9 @@ def _facts(run) -> dict[str, str]:
                   "input": f"{', '.join(scale['bands'])} ({scale['dtype']}), pixels of {scale['resolution']:g} m, tiles of {spec['tile_size']} px"}
     if _have(run, "ensemble.json"): facts["ensemble"] = ", ".join(f"{name.replace('_', ' ')} {w:.2f}" for name, w in run.read("ensemble.json")["ensemble"]["weights"].items())
     if _have(run, "audit.json") and "total" in run.audit: facts["positive pixels"] = f"{run.audit['total']['positive']:,} ({run.audit['total']['positive_fraction']:.3%})"
-    if _have(run, "metrics.json") and (test := run.metrics.get("test")):
+    if _have(run, "metrics.json") and "kappa_quadratic" in (test := run.metrics.get("test") or {}):
+        facts["test"] = f"quadratic kappa {_number(test['kappa_quadratic'])}, Spearman {_number(test['spearman'])}; " + ", ".join(f"{name}: precision {_number(p)}, recall {_number(r)}" for name, p, r in zip(test["classes"], test["precision"], test["recall"]))
+    elif _have(run, "metrics.json") and test:
         facts["test"] = f"average precision {_number(test['average_precision'])}, precision {_number(test['precision'])}, recall {_number(test['recall'])}, IoU {_number(test['iou'])}"
     if _have(run, "threshold.json"):
         for ratio, t in run.thresholds.items():
