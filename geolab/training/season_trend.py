@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['YEAR', 'LEAST', 'greenness', 'SeasonTrend', 'season_trend', 'break_score', 'SeriesWindow', 'season_trend_scores',
-           'view_series', 'mosum', 'Mosum', 'monitor', 'critical_value', 'plot_season_trend']
+           'view_series', 'drop_scores', 'mosum', 'Mosum', 'monitor', 'critical_value', 'plot_season_trend']
 
 # %% ../../nbs/training/57_season_trend.ipynb #efea583e
 import warnings
@@ -292,6 +292,20 @@ def view_series(
                 judged = known[inside].copy()
                 judged[:t.skip_rows], judged[:, :t.skip_cols] = False, False  # every pixel is judged once
                 yield SeriesWindow(series[inside], past.dates, valid[inside], by_id[view_id].first, by_id[view_id].last, mask[inside], judged, t.block)
+
+# %% ../../nbs/training/57_season_trend.ipynb #aa171ed6
+def drop_scores(
+    windows: Iterable[SeriesWindow], # May be a generator; the first and the last date of the run among their days
+    blocks: Sequence[str], # Blocks of the histogram
+) -> ScoreHistogram: # Of 20 times the fall: ranks, not logits, and not to be calibrated as such
+    "Count how far the series of windows fall within the run; 0 where an end is not seen."
+    histogram = ScoreHistogram(blocks)
+    for w in windows:
+        if lost := {w.first, w.last} - set(w.days): raise DataError(f"the run ends on day {lost.pop()}, which the series does not have; give all dates of the run")
+        first, last = (w.series[list(w.days).index(day)] for day in (w.first, w.last))
+        drop = np.where(w.judged, np.nan_to_num(first - last), 0)[None]
+        histogram.update(20*drop.clip(-1, 1).astype(np.float32), w.mask[None], valid=w.judged[None], block=[w.block])
+    return histogram
 
 # %% ../../nbs/training/57_season_trend.ipynb #37cd5bdb
 def mosum(
