@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'NAME', 'ABOUT', 'SECTIONS', 'WorldConfig', 'ModelConfig', 'DatasetConfig', 'TrainingConfig', 'CrfConfig',
            'InferenceConfig', 'SmoothingConfig', 'PreprocessingConfig', 'LandslideConfig', 'Work', 'network_folders',
            'load_calibrator', 'risk_score', 'class_colours', 'draw_probabilities', 'refine', 'draw_classes',
-           'says_who_won', 'part_ordinal_result', 'part_classes', 'part_ordinal_data', 'part_class_maps',
+           'says_who_won', 'part_ordinal_result', 'part_classes', 'part_ordinal_data', 'part_class_maps', 'part_ranks',
            'part_ordinal_use', 'write_card', 'stages', 'run', 'resume', 'predict', 'compare']
 
 # %% ../../nbs/recipes/73_landslide.ipynb #ad7e71c3
@@ -30,7 +30,7 @@ from ..data.sampling import ClassShareSampler, class_counts, count_classes, in_u
 from ..data.smote import JoinedTiles, enlarge
 from ..data.splits import audit_labels, make_split
 from ..data.tiles import TileDataset
-from ..evaluation.calibration import SoftmaxCalibrator, ece, fit_softmax
+from ..evaluation.calibration import SoftmaxCalibrator, ece, fit_softmax, plot_reliability, reliability
 from ..evaluation.metrics import average_precision
 from ..evaluation.ordinal import (MEASURES, OrdinalScores, best_cuts, compare_baseline, counts_as_json, decide, describe_difference, majority, ordinal_difference, ordinal_interval, ordinal_metrics,
     ordinal_validation, plot_confusion, plot_measures, success_table)
@@ -409,6 +409,7 @@ def draw_classes(
     dst: Path|str, # GeoTIFF to write
     names: Iterable[str], # Of the classes, from the lowest
     cuts: Iterable[float]|None = None, # As for `decide`
+    name: str = "", # Of the run, kept in the tags
     **kwargs, # For `predict_windows`
 ) -> Path: # uint8, 255 where there is no map
     "Map classes, with colours and a legend that a GIS reads."
@@ -416,7 +417,7 @@ def draw_classes(
     cuts = None if cuts is None else list(cuts)
     read = lambda *window: read_window(info, *window, bands=info.bands[:len(names)])
     return predict_windows(lambda x: x, info, dst, read=read, channels=len(names), overlap=0., transform_logits=lambda p: decide(p, cuts), name="class",
-        legend={i: pair for i, pair in enumerate(zip(names, class_colours(len(names))))}, key=content_hash([names, cuts]), tags=dict(GEOLAB_CUTS="most probable class" if cuts is None else repr(cuts)), **kwargs)
+        legend={i: pair for i, pair in enumerate(zip(names, class_colours(len(names))))}, key=content_hash([names, cuts]), tags=dict(GEOLAB_RUN=name, GEOLAB_CUTS="most probable class" if cuts is None else repr(cuts)), **kwargs)
 
 # %% ../../nbs/recipes/73_landslide.ipynb #103f4d15
 @patch
@@ -472,7 +473,7 @@ def decide_classes(self: Work):
         self.say(f"  {name}: " + ("the most probable class" if cuts[kind] is None else ", ".join(f"above {n} from {c:.2f}" for n, c in zip(self.names, cuts[kind]))) + f"; quadratic kappa {show(found[kind])} on {part} blocks")
     drawn = max(found, key=lambda kind: -1 if found[kind] is None else found[kind]) if crf.keep == "if_better" else list(cuts)[-1]
     if crf.enabled and drawn == "network": self.say("  the CRF does not help on these blocks, so the classes are drawn without it")
-    maps = [draw_classes(self.path(s, drawn), self.path(s, "class"), self.names, cuts[drawn], overwrite=True) for s in self.scenes]
+    maps = [draw_classes(self.path(s, drawn), self.path(s, "class"), self.names, cuts[drawn], name=run.path.resolve().name, overwrite=True) for s in self.scenes]
     return [write_json(self.folder/"cuts.json", cuts | dict(map=drawn, part=part, kappa_quadratic=found)), *maps, *(p for m in maps for p in m.parent.glob(f"{m.stem}.*") if p != m)]
 
 # %% ../../nbs/recipes/73_landslide.ipynb #06edd0f9
@@ -600,13 +601,25 @@ def part_class_maps(run: RunFiles, most: int = 4) -> list[Html]:
     return [tag("p", "Classes as drawn; white is unknown ground. The files in the folder map carry the colours and names for a GIS."), tag("div", [one(p) for p in paths[:most]], class_="grid"),
         absent(f"{len(paths) - most} more are in the folder map.") if len(paths) > most else None]
 
+def part_ranks(run: RunFiles) -> list[Html]:
+    "Do the probabilities mean what they say? One diagram for each rank."
+    m, names = run.json("metrics.json"), list(run.config["classes"])
+    if "test" not in m: return [absent(f"No diagrams: {pick(m, 'test')}.")]
+    last, parts = read_json(run.path/"cuts.json")["map"], load_scores(run.path/"scores.npz")
+    def one(name):
+        r = reliability(parts[f"{last} above {name}"])
+        return figure(run.path, f"above_{name}", lambda ax: plot_reliability(None, r, ax), f"Higher than {name}: share of such test pixels among those of each probability. On the dashed line a probability means what it says.",
+                      f"Reliability diagram of lying above {name}; calibration error {r.ece:.2g}.", (3.4, 2.6))
+    rows = [[f"above {r['above']}", r["average_precision"], r["ece"]] for r in m["test"]["ranks"]]
+    return [table("Each question on the test blocks.", ["question", "average precision", "calibration error"], rows), tag("div", [one(name) for name in names[:-1]], class_="row")]
+
 def part_ordinal_use(run: RunFiles) -> list[Html]:
     "How to map another image."
     code = f'from geolab.recipes.landslide import predict\npredict("{run.path.resolve().name}", "image.tif", "out")'
     return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", code), tabindex=0), tag("p", "This writes probabilities, doubt and classes of another image with the same bands.")]
 
 SECTIONS = (("result", "Result", part_ordinal_result), ("classes", "Classes", part_classes), ("data", "Data", part_ordinal_data), ("split", "Split", part_split), ("training", "Training", part_training),
-    ("map", "Map", part_class_maps), ("files", "Files", part_files), ("use", "How to use it", part_ordinal_use))
+    ("calibration", "Calibration", part_ranks), ("map", "Map", part_class_maps), ("files", "Files", part_files), ("use", "How to use it", part_ordinal_use))
 
 # %% ../../nbs/recipes/73_landslide.ipynb #3ec36335
 def write_card(
@@ -715,7 +728,7 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     maps = [draw_probabilities(run, image, out/f"{stem}_network.tif", overwrite=overwrite)]
     if kept["map"] == "risk": maps.append(refine(maps[0], image, out/f"{stem}_risk.tif", c.inference.crf))
-    return [*maps, draw_classes(maps[-1], out/f"{stem}_class.tif", c.classes, kept[kept["map"]], overwrite=overwrite)]
+    return [*maps, draw_classes(maps[-1], out/f"{stem}_class.tif", c.classes, kept[kept["map"]], name=run.path.resolve().name, overwrite=overwrite)]
 
 def compare(
     folder: Path|str, # A measured run
