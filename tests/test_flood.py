@@ -1,13 +1,16 @@
-"""`geolab run flood` from outside: a table on the command line, a kill between stages and in one, bad input."""
+"""`geolab run flood` from outside: a table on the command line, a kill between stages and in one, calibrated alerts, bad input."""
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from geolab.evaluation.calibration import Calibrator
+from geolab.recipes.flood import FloodConfig, Work, forecast, resume, run, stages
 from geolab.training.runs import Run
 from geolab.worlds.catchments import make_world
 
@@ -50,3 +53,20 @@ def test_a_table_on_the_command_line_survives_a_kill(tmp_path, table):
 def test_wrong_names_are_refused_with_a_hint(tmp_path, table, options, says):
     done = subprocess.run(command("run", "flood", "--table", table, "--group-column", "basin", "--out", tmp_path/"run") + options, capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and not (tmp_path/"run").exists(), done.stderr
+
+
+def test_alerts_are_calibrated_in_one_go_as_stage_by_stage(tmp_path):
+    values, quiet = dict(settings=[*SMALL, "world.basins=2", "world.years=3"], seed=3), dict(say=lambda text: None)
+    once = run(**values, out=tmp_path/"once", until="alerts", **quiet)
+    run(**values, out=tmp_path/"stages", until="data", **quiet)
+    for stage in stages(True)[1:-1]: resume(tmp_path/"stages", until=stage.name, **quiet)
+    for name in ("model/model.safetensors", "calibration.json", "threshold.json", "alerts.csv", "metrics.json"): assert (tmp_path/"once"/name).read_bytes() == (tmp_path/"stages"/name).read_bytes(), name
+    assert once.calibrator.bias != 0                                                       # it was fitted, so what follows can fail
+    work = Work(FloodConfig.parse(once.config), once.path)
+    work.world.read(terrain=True).rename(columns=dict(group="basin")).to_csv(tmp_path/"days.csv", index=False)
+    told = pd.read_csv(once.path/"alerts.csv", parse_dates=["day"])
+    both = told.merge(forecast(once.path, tmp_path/"days.csv"), on=["day", "basin"], suffixes=("", "_new"))
+    assert len(both) == len(told) and abs(both.probability - both.probability_new).max() < 1e-4 and (both.alert == both.alert_new).all()
+    with np.load(once.path/"logits.npz") as kept: mine = once.calibrator.logits(kept["test"].astype(float))
+    np.testing.assert_array_equal(work.all_scores()[0].logits, mine)
+    assert once.metrics["methods"]["the network"]["brier_skill"] == pytest.approx(1 - ((Calibrator().probability(mine) - work.part("test").label)**2).mean()/((work.part("train").label.mean() - work.part("test").label)**2).mean(), rel=1e-6)

@@ -123,8 +123,8 @@ class Work:
     def windows(self): return make_windows(*self.prepared[:3], length=self.config.sequence_length, gaps="skip")
     @cached_property
     def split(self): return PeriodSplit.load(self.folder/"split.json").check()
-    @cached_property
-    def model(self): return load_flood(self.folder)
+    @property
+    def model(self): return load_flood(self.folder)  # as the folder has it now: the calibrator comes after the network
     @property
     def so_far(self): return Run(self.folder)  # `run_stages` has verified what earlier stages left
     def part(self, name): return self.windows.of(self.split, name)
@@ -189,10 +189,10 @@ def load_flood(
 @patch
 def calibrate(self: Work):
     "Score the held-out parts and fit the calibrator."
-    c, scores, kept = self.config, {}, {}
+    c, model, scores, kept = self.config, self.model, {}, {}
     for name in dict.fromkeys(["val", calibration_part(self.split), "test"]):
         w = self.part(name)
-        kept[name] = self.model.predict_logits(w.sequence)
+        kept[name] = model.predict_logits(w.sequence)
         scores[name] = _counted(kept[name], w.label, self.blocks(w, name))
     calibrator, about = calibrate_scores(scores, calibration_part(self.split), (c.alpha, c.gamma), self.say)
     with atomic_file(self.folder/"logits.npz") as aside: np.savez_compressed(aside, **kept)
@@ -233,10 +233,10 @@ def compete(self: Work):
 @patch
 def all_scores(self: Work) -> list[SeriesScores]:
     "The network, with calibrated logits, and its rivals, on the test windows."
-    about, run = read_json(self.folder/"rivals.json"), self.so_far
+    about, run, model = read_json(self.folder/"rivals.json"), self.so_far, self.model
     with np.load(self.folder/"logits.npz") as own, np.load(self.folder/"rival_logits.npz") as others:
-        spec = sum(p.numel() for p in self.model.network.parameters())
-        mine = SeriesScores("the network", np.asarray(self.model.calibrator.logits(own["test"].astype(float))), "logit", spec, sum(row["seconds"] for row in run.history))
+        size = sum(p.numel() for p in model.network.parameters())
+        mine = SeriesScores("the network", np.asarray(model.calibrator.logits(own["test"].astype(float))), "logit", size, sum(row["seconds"] for row in run.history))
         return [mine, *(SeriesScores(name, others[name], **about[name]) for name in others.files)]
 
 # %% ../../nbs/recipes/72_flood.ipynb #344d074f
@@ -255,10 +255,10 @@ def explain(self: Work):
     "Where the network looks before events, and whether its answer depends on that."
     test, rng, half = self.part("test"), np.random.default_rng([self.config.random_seed, 72]), self.config.explain//2
     rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero((test.label > 0) == on))[:half] for on in (True, False)]))
-    w, network = test.select(rows), self.model.network.cpu()
+    w, model = test.select(rows), self.model
     drawn = next((c for c in (f"{self.config.rain_column}_1d", "flow_share") if c in w.columns), w.columns[0])
     kinds, names = self.kinds(w), [f"{g}, {day}" for g, day in zip(w.group, w.last)]
-    kept = explain_series(network, self.model.scaler.apply(w.sequence), kinds, names, at=np.arange(1 - w.sequence.shape[1], 1), unit="days before the decision", seed=self.config.random_seed)
+    kept = explain_series(model.network.cpu(), model.scaler.apply(w.sequence), kinds, names, at=np.arange(1 - w.sequence.shape[1], 1), unit="days before the decision", seed=self.config.random_seed)
     rows = kept.pop("shown")
     with atomic_file(self.folder/"attention.npz") as aside: np.savez_compressed(aside, **kept, first=w.first[rows], event=w.last[rows], series=w.sequence[rows][:, :, w.columns.index(drawn)], series_name=drawn)
     return self.folder/"attention.npz"
