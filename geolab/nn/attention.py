@@ -204,11 +204,16 @@ def plot_attention(
         ax.set(ylabel=f"looks ({unit})")
     else:
         ax.bar(at, w, np.diff(edges), color="#E69F00")
-        ax.set(ylabel="attention", xlim=(edges[0], edges[-1]))
+        ax.set(ylabel="attention")
         if series is not None: _behind(ax, at, series, value)
     ax.set(xlabel=f"is looked at ({unit})" if w.ndim == 2 else unit)
     if at.dtype.kind == "M": _as_dates(ax, w.ndim)
-    if event is not None: ax.axvline(np.asarray(event, at.dtype).item(), color="#D55E00", ls="--", lw=1.5)
+    low, high = edges[[0, -1]]
+    if event is not None:
+        event = np.asarray(event, at.dtype)
+        ax.axvline(event.item(), color="#D55E00", ls="--", lw=1.5)
+        low, high = min(low, event - (at[0] - low)), max(high, event + (high - at[-1]))  # an event has the room of a step
+    ax.set_xlim(low, high)
     return ax
 
 # %% ../../nbs/nn/31_attention.ipynb #ad9e2fff
