@@ -376,6 +376,7 @@ def draw_probabilities(
     run: Run, # Of this recipe, calibrated
     image: Path|str, # Raster of the kind that the run was trained on
     dst: Path|str, # GeoTIFF to write
+    clouds: Path|str|None = None, # Mask on the same grid: what is not 0 hides the ground, and is not mapped
     **kwargs, # For `predict_windows`, e.g. `aoi` or `overwrite`
 ) -> Path: # Bands `probability_low` and so on, and the measures of doubt
     "Map calibrated probabilities and doubt."
@@ -384,8 +385,17 @@ def draw_probabilities(
     def written(z):
         p = np.exp(z[:k] - z[:k].max(0))
         return np.concatenate([p/p.sum(0), z[k:]])
-    return predict_windows(risk_score(run.path, c, calibrator), image, dst, scale=run.scale, tile=run.tile_size, overlap=c.inference.overlap, channels=k + len(DOUBT), transform_logits=written,
-        name=[*(f"probability_{name}" for name in names), *DOUBT], key=content_hash([[read_json(path/"model.json")["sha256"] for path in network_folders(run.path)], calibrator.temperature, calibrator.bias, c.inference.tta, c.model.head]), tags=dict(GEOLAB_RUN=run.path.resolve().name), **kwargs)
+    info, scale = read_info(image), run.scale
+    bands = scale.check(info)
+    def read(*window):
+        x, seen = read_window(info, *window, bands=bands)
+        if clouds is not None:
+            (hidden,), known = read_window(clouds, *window)
+            seen &= known & (hidden == 0)
+        return scale.apply(x, seen), seen
+    key = [[read_json(path/"model.json")["sha256"] for path in network_folders(run.path)], calibrator.temperature, calibrator.bias, c.inference.tta, c.model.head, scale.to_dict(), clouds and fingerprint([clouds])]
+    return predict_windows(risk_score(run.path, c, calibrator), info, dst, read=read, tile=run.tile_size, overlap=c.inference.overlap, channels=k + len(DOUBT), transform_logits=written,
+        name=[*(f"probability_{name}" for name in names), *DOUBT], key=content_hash(key), tags=dict(GEOLAB_RUN=run.path.resolve().name), **kwargs)
 
 def refine(
     network_map: Path|str, # Of `draw_probabilities`
@@ -429,7 +439,7 @@ def path(self: Work, scene, kind: str) -> Path:
 def draw(self: Work):
     "Map the probabilities of every scene."
     (self.folder/"map").mkdir(exist_ok=True)
-    return [draw_probabilities(self.so_far, s.info.path, self.path(s, "network"), aoi=s.aoi, overwrite=True) for s in self.scenes]
+    return [draw_probabilities(self.so_far, s.info.path, self.path(s, "network"), s.clouds and s.clouds.path, aoi=s.aoi, overwrite=True) for s in self.scenes]
 
 @patch
 def smooth(self: Work):
@@ -720,13 +730,14 @@ def predict(
     image: Path|str, # Raster of the kind that it was trained on
     out: Path|str, # Folder for the maps
     *,
+    clouds: Path|str|None = None, # Mask of clouds on the same grid
     overwrite: bool = False, # Replace existing maps
 ) -> list[Path]: # `_network.tif`, `_risk.tif` if the run has a CRF, `_class.tif`
     "Map another image."
     run, out = Run.load(folder), Path(out)
     c, kept, stem = LandslideConfig.parse(run.config), read_json(run.path/"cuts.json"), Path(image).stem
     out.mkdir(parents=True, exist_ok=True)
-    maps = [draw_probabilities(run, image, out/f"{stem}_network.tif", overwrite=overwrite)]
+    maps = [draw_probabilities(run, image, out/f"{stem}_network.tif", clouds, overwrite=overwrite)]
     if kept["map"] == "risk": maps.append(refine(maps[0], image, out/f"{stem}_risk.tif", c.inference.crf))
     return [*maps, draw_classes(maps[-1], out/f"{stem}_class.tif", c.classes, kept[kept["map"]], name=run.path.resolve().name, overwrite=overwrite)]
 
