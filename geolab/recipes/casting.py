@@ -455,7 +455,7 @@ def check(self: Work):
 def run(
     config: dict|str|Path|None = None, # Values over the profile: a dict, a YAML file or its text
     *,
-    table: str|Path|None = None, # CSV or Parquet, a row per reading; `None` makes a world
+    table: str|Path|None = None, # CSV or Parquet file, a row per reading, all casts in it; `None` makes a world
     label_column: str|None = None, # 0 or 1, one for each cast; `None`: `label`
     time_column: str|None = None, # Orders the readings of a cast; `None`: the order of the rows
     group_column: str|None = None, # Which cast a reading belongs to; `None`: `id`
@@ -470,6 +470,7 @@ def run(
     "From a table of readings to alarms and a report."
     columns = dict(label_column=label_column, time_column=time_column, group_column=group_column)
     if table is None and any(columns.values()): raise ConfigError(f"{next(k for k, v in columns.items() if v)} belongs to a table; give both, or neither for the made world")
+    if table is not None and Path(table).is_dir(): raise DataError(f"{table} is a folder; give one file with the readings of all casts, told apart by the column that --group-column names")
     if table is not None and not Path(table).is_file(): raise DataError(f"there is no table {table}")
     c = read_config(config, profile, [*settings, *([] if seed is None else [f"random_seed={seed}"])])
     return _go(c, Path(out), dict(table=None if table is None else str(Path(table).resolve())) | columns, profile, force, until, say)
