@@ -239,6 +239,18 @@ def counts_as_json(
     "Counts for a `metrics.json`."
     return dict(blocks=list(counts.blocks), classes=list(counts.classes), counts=counts.counts.tolist())
 
+def _check_baseline(baseline):
+    "Raise `DataError` unless a baseline has the form of the test part of a metrics.json."
+    def number(x): return x is None or isinstance(x, (int, float)) and not isinstance(x, bool)
+    if not isinstance(baseline, Mapping): raise DataError(f"a baseline is the content of a metrics.json, an object with {', '.join(MEASURES)} and lists by class; got {type(baseline).__name__}")
+    for name in MEASURES:
+        if not number(baseline.get(name)): raise DataError(f"`{name}` of the baseline must be a number or null, got {baseline[name]!r}")
+    for name in PER_CLASS:
+        if not (baseline.get(name) is None or isinstance(baseline[name], list) and all(map(number, baseline[name]))): raise DataError(f"`{name}` of the baseline must be a list, one number or null for each class in order, got {baseline[name]!r}")
+    kept = baseline.get("confusion")
+    if kept is not None and not (isinstance(kept, Mapping) and all(isinstance(kept.get(k), list) for k in ("blocks", "classes", "counts"))):
+        raise DataError("`confusion` of the baseline must hold blocks, classes and counts, as `counts_as_json` writes them; leave it out where there are no blocks")
+
 def compare_baseline(
     counts: ConfusionCounts, # Of this run's test blocks
     baseline: Mapping, # What the other `metrics.json` says of its test part; `confusion` in it is what `counts_as_json` gave
@@ -246,11 +258,13 @@ def compare_baseline(
     confidence: float = .95, # Of the interval
 ) -> dict: # `value`, `low` and `high` as `ordinal_difference`, `baseline`, `paired`, and a `reason`
     "How much better a run is than an earlier one."
-    theirs = baseline.get("classes") or baseline.get("confusion", {}).get("classes")
+    _check_baseline(baseline)
+    theirs = baseline.get("classes") or (baseline.get("confusion") or {}).get("classes")
     if theirs is not None and [str(c) for c in theirs] != list(counts.classes): raise DataError(f"the baseline has the classes {', '.join(map(str, theirs))}, this run {', '.join(counts.classes)}; they cannot be compared")
     k, kept = len(counts.classes), baseline.get("confusion")
     if kept and set(kept["blocks"]) == set(counts.blocks):
         other = ConfusionCounts(kept["blocks"], kept["classes"])
+        if np.shape(kept["counts"]) != other.counts.shape: raise DataError(f"`confusion` of the baseline must have counts {other.counts.shape}, got {np.shape(kept['counts'])}")
         other.counts[:] = kept["counts"]
         return ordinal_difference(counts, other, confidence=confidence) | dict(baseline=_shaped(_flat(ordinal_metrics(other)), k), paired=True)
     numbers = {name: baseline.get(name) for name in MEASURES} | {name: (list(baseline.get(name) or [None]*k)) for name in PER_CLASS}

@@ -310,8 +310,10 @@ def read_heads(
     network: nn.Module, # A `UnetWithAttention`
     batch: dict, # `image`, `mask`, `valid`
 ) -> tuple[Float[Tensor, "b c h w"], Tensor, Tensor]: # Logits of both heads behind each other, mask, valid
-    "How `fit` reads a batch with a network of two heads."
-    return torch.cat(network(batch["image"].contiguous(memory_format=torch.channels_last)), 1), batch["mask"], batch["valid"]
+    "How `fit` reads a batch with a network of two heads; of two classes, a soft mask (b, h, w) becomes shares of both."
+    outputs, mask = network(batch["image"].contiguous(memory_format=torch.channels_last)), batch["mask"]
+    if mask.is_floating_point() and mask.ndim == 3 and outputs[0].shape[1] == 2: mask = torch.stack([1 - mask, mask], 1)
+    return torch.cat(outputs, 1), mask, batch["valid"]
 
 class HeadsLoss(nn.Module):
     "A loss of pairs, on logits that stand behind each other."

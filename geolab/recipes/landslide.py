@@ -22,9 +22,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..core import Config, ConfigError, DataError, SplitError, atomic_file, content_hash, read_json, seed_everything, write_json
+from ..core import Config, ConfigError, DataError, SplitError, atomic_file, content_hash, load_yaml, read_json, seed_everything, write_json
 from ..data.augment import Augment, rgb_of
-from ..data.class_masks import open_class_scenes, with_grids
+from ..data.class_masks import open_class_scenes, paired, with_grids
 from ..data.raster import find_images, fit_band_scale, read_info, read_window, write_geotiff
 from ..data.sampling import ClassShareSampler, class_counts, count_classes, in_unit
 from ..data.smote import JoinedTiles, enlarge
@@ -151,7 +151,11 @@ class LandslideConfig(Config):
         if k < 2: faults.append(f"classes: two or more are needed, got {k}")
         if len(self.training.class_weights) != k: faults.append(f"training.class_weights: {k} numbers are needed, one for each of {', '.join(self.classes)}, got {len(self.training.class_weights)}")
         if (n := self.dataset.oversample_class) is not None and n >= k: faults.append(f"dataset.oversample_class: there are the classes 0 to {k - 1}, got {n}")
-        if self.dataset.use_smote and self.dataset.duplicate_target_fraction > self.dataset.oversample_target_fraction: faults.append("dataset.duplicate_target_fraction: must not be above oversample_target_fraction")
+        d, t = self.dataset, self.training
+        if d.use_smote and d.duplicate_target_fraction > d.oversample_target_fraction:
+            faults.append(f"dataset.duplicate_target_fraction: {d.duplicate_target_fraction:g} is above oversample_target_fraction, {d.oversample_target_fraction:g}; tiles are repeated up to the first share and made up to the second, so set both")
+        if min(t.class_weights) < 0 or not max(t.class_weights): faults.append(f"training.class_weights: numbers from 0 on, not all 0, got {t.class_weights}")
+        if self.model.head == "coral" and not (t.use_ordinal_loss and t.coral_weight): faults.append("model.head: coral is trained by the ordinal loss alone; set training.use_ordinal_loss and a coral_weight above 0, or head=classes")
         known = [*MEASURES, *(f"{kind} {name}" for kind in ("precision", "recall", "f1") for name in self.classes)]
         faults += [f"targets: no measure `{name}`; there are {', '.join(known)}" for name in self.targets if name not in known]
         if faults: raise ValueError("; ".join(faults))
@@ -211,8 +215,7 @@ class Work:
         self.labels, self.clouds, self.aoi = str(self.data/"labels") if images is None else labels, masks, aoi
 
     @cached_property
-    def images(self): return sorted((self.data/"images").glob("*.tif")) if self.made else self.read_json_of("grids.json")["images"]
-    def read_json_of(self, name): return read_json(self.folder/name)
+    def images(self): return sorted((self.data/"images").glob("*.tif")) if self.made else [self.folder/p for p in read_json(self.folder/"grids.json")["images"]]
     @cached_property
     def _opened(self): return open_class_scenes([str(p) for p in self.images], self.labels, self.config.classes, clouds=self.clouds, aoi=self.aoi, bands=self.config.model.bands)
     @property
@@ -234,14 +237,14 @@ def make_data(self: Work):
     (self.data/"images").mkdir(parents=True, exist_ok=True)
     images, notes = with_grids(self.given, self.labels, self.data/"images")
     for note in notes: self.say(f"  {note}")
-    kept = write_json(self.folder/"grids.json", dict(images=[str(p) for p in images], notes=notes))
-    return [kept, *(p for p in images if self.data in p.parents)]
+    lent = [p for p in images if self.data in p.parents]
+    return [write_json(self.folder/"grids.json", dict(images=[str(p.relative_to(self.folder) if p in lent else p) for p in images], notes=notes)), *lent]
 
 @patch
 def audit(self: Work):
     "Count what the labels hold."
-    found, notes = audit_labels(self.scenes, self.config.dataset.tile_size), [*self._opened[1], *([] if self.made else self.read_json_of("grids.json")["notes"])]
-    for line in [*notes, found.summary().replace("positive", f"above {self.names[0]}"), *found.notes]: self.say(f"  {line}")
+    found, notes = audit_labels(self.scenes, self.config.dataset.tile_size), [*self._opened[1], *([] if self.made else read_json(self.folder/"grids.json")["notes"])]
+    for line in [*self._opened[1], found.summary().replace("positive", f"above {self.names[0]}"), *found.notes]: self.say(f"  {line}")
     return [write_json(self.folder/"audit.json", found.to_dict() | dict(notes=[*notes, *found.notes]))]
 
 @patch
@@ -260,7 +263,7 @@ def fit_scale(self: Work, run):
     return fit_band_scale(self.scenes, run.split.tiles_of("train")[["scene", "row", "col", "height", "width"]].itertuples(index=False, name=None))
 
 @patch
-def augmented(self: Work, run, scale):
+def augmented(self: Work, run, scale, say=lambda line: None):
     "Train tiles with the made ones, a sampler, the rows with counts of classes, and what was added."
     d, strength, k, seed = self.config.dataset, self.config.training.augmentation, len(self.names), self.config.random_seed
     plain = self.tiles(run, "train", scale)
@@ -269,7 +272,7 @@ def augmented(self: Work, run, scale):
     data, n = self.tiles(run, "train", scale, jitter=True, augment=augment, seed=seed), d.oversample_class
     if n is None: return data, None, rows, {}
     made, added = enlarge(plain, rows, n, k, first=d.duplicate_target_fraction if d.use_smote else None, second=d.oversample_target_fraction, unit=d.class_fraction_unit, rich=d.rich, k=d.smote_k_neighbors, seed=seed)
-    if added["reason"]: self.say(f"  no tile was made: {added['reason']}")
+    if added["reason"]: say(f"  no tile was made: {added['reason']} (`k` is dataset.smote_k_neighbors, `rich` is dataset.rich)")
     if made is not None: data = JoinedTiles(data, rows, made, augment=augment, seed=seed)
     shown = rows if made is None else data.tiles
     sampler = ClassShareSampler(shown, d.oversample_target_fraction, unit=d.class_fraction_unit, column=f"class_{n}", rich=d.rich, seed=seed) if added["repeated"] else None
@@ -287,7 +290,7 @@ def summarise(self: Work):
         parts[part] = dict(tiles=len(rows), pixels=dict(zip(self.names, map(int, held))), share=dict(zip(self.names, (held/held.sum()).round(6).tolist())))
         if absent := [name for name, n in parts[part]["pixels"].items() if not n]:
             raise SplitError(f"the part {part} holds no pixel of {', '.join(absent)}, so it cannot teach or test that class; use larger shares or another random_seed, or more images")
-    added = self.augmented(run, scale)[3]
+    added = self.augmented(run, scale, self.say)[3]
     for part, held in parts.items(): self.say(f"  {part:6} {held['tiles']:5} tiles: " + ", ".join(f"{name} {share:.2%}" for name, share in held["share"].items()))
     if added: self.say(f"  {added['of']}: {added['share']:.2%} of the {added['unit']}s; {added['repeated']:.0f} repeated and {added['made']} made by SMOTE give {added['reached']:.2%}")
     return [write_json(self.folder/"dataset_summary.json", dict(classes=self.names, parts=parts, added=added))]
@@ -334,7 +337,8 @@ def network_folders(
     folder: Path|str, # A run folder of this recipe
 ) -> list[Path]: # One per seed
     "Where the networks of a run lie."
-    return [Path(folder), *sorted((Path(folder)/"members").glob("seed_*"))]
+    folder, c = Path(folder), load_yaml(Path(folder)/"config.yaml")["config"]
+    return [folder/"members"/f"seed_{c['random_seed'] + i}" if i else folder for i in range(c["model"]["seeds"])]
 
 def load_calibrator(
     folder: Path|str, # A run folder of this recipe
@@ -369,8 +373,9 @@ def class_colours(
     k: int, # Number of classes
 ) -> list[str]: # From pale to dark, `#rrggbb`
     "Colours of ordered classes, from the lowest."
-    pale = ("#D9D9D9", "#FDD49E", "#FC8D59", "#D7301F", "#7F0000")
-    return [pale[round(i*(len(pale) - 1)/max(k - 1, 1))] for i in range(k)]
+    pale = np.array([(217, 217, 217), (253, 212, 158), (252, 141, 89), (215, 48, 31), (127, 0, 0)])
+    at = np.linspace(0, len(pale) - 1, k)
+    return ["#{:02X}{:02X}{:02X}".format(*(round(float(np.interp(x, range(len(pale)), band))) for band in pale.T)) for x in at]
 
 def draw_probabilities(
     run: Run, # Of this recipe, calibrated
@@ -444,7 +449,9 @@ def draw(self: Work):
 @patch
 def smooth(self: Work):
     "Refine the maps by the CRF."
-    return [refine(self.path(s, "network"), s.info.path, self.path(s, "risk"), self.config.inference.crf) for s in self.scenes]
+    crf = self.config.inference.crf
+    self.say(f"  spatial_weight {crf.spatial_weight:g} is read as the width of the Gaussian kernel in pixels (gaussian_sxy), which it is in the document's CRF")
+    return [refine(self.path(s, "network"), s.info.path, self.path(s, "risk"), crf) for s in self.scenes]
 
 @patch
 def on_blocks(self: Work, run, part, read):
@@ -515,15 +522,15 @@ def says_who_won(
     differences: Mapping[str, Mapping], # `ordinal_difference` of the map to each
 ) -> str:
     "One sentence: which system has the highest quadratic kappa, and how surely."
-    best = max(rivals, key=lambda name: -2 if rivals[name]["kappa_quadratic"] is None else rivals[name]["kappa_quadratic"])
+    best = max(rivals, key=lambda name: -2 if rivals[name]["kappa_quadratic"] is None else rivals[name]["kappa_quadratic"])  # of equals the first
     d = differences[best]
     ours, theirs = mine["kappa_quadratic"], rivals[best]["kappa_quadratic"]
     if None in (ours, theirs): return "Which system wins cannot be said: the test blocks hold a single class."
     if d["low"] is None: sure = f"how surely cannot be said: {d['reason']}"
     else:
         low, high = d["low"]["kappa_quadratic"], d["high"]["kappa_quadratic"]
-        sure = f"the difference is {ours - theirs:+.3f} (95% interval {low:+.3f} to {high:+.3f})" + ("" if low > 0 or high < 0 else ", which these blocks cannot tell from none")
-    return f"{'The network wins' if ours > theirs else f'The {best} wins'}: quadratic kappa {ours:.3f} of the map against {theirs:.3f} of the best simpler rule, the {best}; {sure}."
+        sure = f"the difference is {ours - theirs:+.3f} ({d['confidence']:.0%} interval {low:+.3f} to {high:+.3f})" + ("" if low > 0 or high < 0 else ", which these blocks cannot tell from none")
+    return f"{'The network wins' if ours > theirs else f'The {best} wins' if ours < theirs else 'Nobody is ahead'}: quadratic kappa {ours:.3f} of the map against {theirs:.3f} of the best simpler rule, the {best}; {sure}."
 
 @patch
 def evaluate(self: Work):
@@ -656,15 +663,15 @@ def stages(
     crf: bool = True, # Is there a CRF?
 ) -> list[Stage]: # In order
     "The stages of this recipe."
-    smooth = [Stage("crf", "smoothing the maps along the edges of the images", Work.smooth, ("map",), ("inference",))] if crf else []
+    smooth = [Stage("crf", "smoothing the maps along the edges of the images", Work.smooth, ("map",), ("inference.crf",))] if crf else []
     return [
         Stage("data", "making the world that stands in for data, or giving images a place", Work.make_data, keys=("random_seed", "world")),
         Stage("audit", "counting what the labels hold", Work.audit, ("data",), ("classes", "dataset", "model")),
         Stage("split", "cutting the ground into parts that share no pixel", Work.cut, ("audit",), ("split", "random_seed")),
         Stage("tiles", "counting classes, making tiles of the rare one", Work.summarise, ("split",), ("training",)),
         Stage("train", "training", Work.train, ("tiles",), ("training", "preprocessing"), costly=True),
-        Stage("calibrate", "calibrating the probabilities", Work.calibrate, ("train",)),
-        Stage("map", "mapping every scene", Work.draw, ("calibrate",)),
+        Stage("calibrate", "calibrating the probabilities", Work.calibrate, ("train",), ("inference.tta",)),
+        Stage("map", "mapping every scene", Work.draw, ("calibrate",), ("inference.overlap",)),
         *smooth,
         Stage("threshold", "choosing the cuts of the classes", Work.decide_classes, ("crf",) if crf else ("map",), ("inference",)),
         Stage("evaluate", "measuring the maps on test blocks", Work.evaluate, ("threshold",), ("targets", "confidence")),
@@ -705,7 +712,7 @@ def run(
     "From images and masks of ordered classes to a map and a report."
     values = merge_config(PROFILES, profile, config, [*settings, *([] if seed is None else [f"random_seed={seed}"])])
     if (images is None) != (labels is None): raise ConfigError("images and labels belong together; give both, or neither for the made world")
-    if masks is not None and images is None: raise ConfigError("`masks` are clouds over given images; give images and labels too")
+    if images is None and (masks or aoi): raise ConfigError(f"`{'masks' if masks else 'aoi'}` belongs to given images; give images and labels too")
     files = None if images is None else [str(p.resolve()) for p in find_images(images)]
     where = [None if p is None else str(Path(p).resolve()) if Path(p).exists() else str(p) for p in (labels, masks, aoi)]
     return _go(LandslideConfig.parse(values), Path(out), dict(images=files, labels=where[0], masks=where[1], aoi=where[2]), profile, force, until, say)
@@ -734,12 +741,17 @@ def predict(
     overwrite: bool = False, # Replace existing maps
 ) -> list[Path]: # `_network.tif`, `_risk.tif` if the run has a CRF, `_class.tif`
     "Map another image."
-    run, out = Run.load(folder), Path(out)
+    run, out, info = Run.load(folder), Path(out), read_info(image)
     c, kept, stem = LandslideConfig.parse(run.config), read_json(run.path/"cuts.json"), Path(image).stem
+    names = ["network"] + ["risk"]*(kept["map"] == "risk") + ["class"]
+    paths = {name: out/f"{stem}_{name}.tif" for name in names}
+    if there := [p.name for p in paths.values() if p.exists() and not overwrite]: raise ConfigError(f"{', '.join(there)} exists in {out}; give another folder, or ask for `overwrite=True`")
+    if clouds is not None: clouds = paired([info], clouds, "clouds")[0].path
     out.mkdir(parents=True, exist_ok=True)
-    maps = [draw_probabilities(run, image, out/f"{stem}_network.tif", clouds, overwrite=overwrite)]
-    if kept["map"] == "risk": maps.append(refine(maps[0], image, out/f"{stem}_risk.tif", c.inference.crf))
-    return [*maps, draw_classes(maps[-1], out/f"{stem}_class.tif", c.classes, kept[kept["map"]], name=run.path.resolve().name, overwrite=overwrite)]
+    drawn = draw_probabilities(run, image, paths["network"], clouds, overwrite=overwrite)
+    if "risk" in paths: drawn = refine(drawn, image, paths["risk"], c.inference.crf)
+    draw_classes(drawn, paths["class"], c.classes, kept[kept["map"]], name=run.path.resolve().name, overwrite=overwrite)
+    return list(paths.values())
 
 def compare(
     folder: Path|str, # A measured run
@@ -747,6 +759,7 @@ def compare(
 ) -> dict: # As `compare_baseline`, and `says`, a line per measure; also written to `comparison.json`
     "How much better a run is than an earlier model."
     run, other, counts = Run.load(folder, partial=True), read_json(Path(baseline)), load_scores(Path(folder)/"scores.npz")[read_json(Path(folder)/"cuts.json")["map"]]
+    if not isinstance(other, Mapping) or not isinstance(other.get("test", other), Mapping): raise DataError(f"{baseline} is no metrics.json of a run: an object is expected, with its measures at the top or under `test`")
     found = compare_baseline(counts, other.get("test", other), confidence=LandslideConfig.parse(run.config).confidence)
     found["says"] = describe_difference(found, counts.classes)
     write_json(run.path/"comparison.json", found | dict(of=Path(baseline).name))

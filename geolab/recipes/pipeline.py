@@ -51,7 +51,7 @@ class Stage:
     title: str                         # What a person reads while it runs
     work: Callable[[Any], Iterable[Path]]  # Does it, given the recipe's work object; returns the files it made
     needs: tuple[str, ...] = ()        # Names of earlier stages whose results it reads
-    keys: tuple[str, ...] = ()         # Top-level configuration keys that change its result
+    keys: tuple[str, ...] = ()         # Configuration keys that change its result; a dot leads into a group
     costly: bool = False               # Never made anew without `force`
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #4ae14ace
@@ -61,11 +61,14 @@ def stage_keys(
     inputs: Any = None, # What identifies the input data (paths, sizes, times); changes every key
 ) -> dict[str, str]: # Stage name to key
     "A hash per stage of all that its result depends on."
+    def _at(values, key):
+        for name in key.split("."): values = (values or {}).get(name)
+        return values
     keys = {}
     for stage in stages:
         missing = [name for name in stage.needs if name not in keys]
         if missing: raise ConfigError(f"stage `{stage.name}` needs {missing}, which do not come before it")
-        keys[stage.name] = content_hash([stage.name, {k: config.get(k) for k in stage.keys}, [keys[n] for n in stage.needs], inputs])
+        keys[stage.name] = content_hash([stage.name, {k: _at(config, k) for k in stage.keys}, [keys[n] for n in stage.needs], inputs])
     return keys
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #f3dd23db
@@ -106,7 +109,7 @@ def run_stages(
         log = StageLog(folder, recipe, names)
         if force:
             (folder/"stages.json").unlink(missing_ok=True)
-            shutil.rmtree(folder/"checkpoints", ignore_errors=True)
+            for place in (folder, *folder.glob("members/*")): shutil.rmtree(place/"checkpoints", ignore_errors=True)
             log = StageLog(folder, recipe, names)
         lost = [stage.name for stage in chosen if stage.costly and log.key(stage.name) not in (None, keys[stage.name])]
         if lost: raise RunError(f"{folder} holds a finished `{lost[0]}` for other settings or data; give another --out to keep it, or --force to make this run anew")
