@@ -41,7 +41,7 @@ Labels = Annotated[str, typer.Option(help="Vector file of polygons, or mask rast
 Aoi = Annotated[str, typer.Option(help="Vector file: inside it, the absence of a polygon means negative. Default: the whole valid image.")]
 Masks = Annotated[str, typer.Option(help="Cloud rasters: of dated images a folder, found by their dates; of others paired like labels, anything but 0 is cloud.")]
 DatePattern = Annotated[str, typer.Option(help="Dated images: where the date stands in file names. Default: %Y%m%d.")]
-Table = Annotated[str, typer.Option(help="Series: CSV or Parquet file, or a folder of them. Without it the recipe makes its own world.")]
+Table = Annotated[str, typer.Option(help="Series: CSV or Parquet file; for flood also a folder of them. Without it the recipe makes its own world.")]
 LabelColumn = Annotated[str, typer.Option(help="Series: column with 1 for an event and 0 for none. Default: what the recipe says.")]
 TimeColumn = Annotated[str, typer.Option(help="Series: column with the day or step. Default: date.")]
 GroupColumn = Annotated[str, typer.Option(help="Series: column that names the series, such as the basin.")]
