@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from pydantic import Field, model_validator
 
-from ..core import Config, SplitError, content_hash, read_json, seed_everything, write_json
+from ..core import Config, DataError, SplitError, content_hash, read_json, seed_everything, write_json
 from ..data.augment import Augment, rgb_of
 from ..data.class_masks import open_class_scenes, with_grids
 from ..data.raster import fit_band_scale
@@ -254,7 +254,9 @@ def augmented(self: Work, run, scale, say=lambda line: None):
     augment = Augment(rgb_of(scale.bands), mean=scale.mean, std=scale.std, affine=0., elastic=0., brightness=strength, contrast=strength, saturation=strength)
     data, n = self.tiles(run, "train", scale, jitter=True, augment=augment, seed=seed), d.oversample_class
     if n is None: return data, None, rows, {}
-    made, added = enlarge(plain, rows, n, k, first=d.duplicate_target_fraction if d.use_smote else None, second=d.oversample_target_fraction, unit=d.class_fraction_unit, rich=d.rich, k=d.smote_k_neighbors, seed=seed)
+    kind = dict(first=d.duplicate_target_fraction if d.use_smote else None, second=d.oversample_target_fraction, unit=d.class_fraction_unit, rich=d.rich, k=d.smote_k_neighbors, seed=seed)
+    try: made, added = enlarge(plain, rows, n, k, **kind)
+    except DataError as error: raise DataError(f"{error} (`rich` is dataset.rich; dataset.oversample_class=null leaves the tiles as they are)") from None
     if added["reason"]: say(f"  no tile was made: {added['reason']} (`k` is dataset.smote_k_neighbors, `rich` is dataset.rich)")
     if made is not None: data = JoinedTiles(data, rows, made, augment=augment, seed=seed)
     shown = rows if made is None else data.tiles
