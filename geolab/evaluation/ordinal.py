@@ -77,6 +77,10 @@ def _percentiles(rows, confidence):
     if some.any(): out[:, some] = np.nanquantile(rows[:, some], [tail, 1 - tail], axis=0)
     return out
 
+def _thin(counts):
+    "Which measures of `_flat` are those of a class that fewer than five blocks hold."
+    return np.r_[np.zeros(len(MEASURES), bool), np.tile((counts.counts.sum(2) > 0).sum(0) < 5, len(PER_CLASS))]
+
 # %% ../../nbs/evaluation/45_ordinal.ipynb #4dda3a83
 def ordinal_interval(
     counts: ConfusionCounts, # True by predicted class, by block
@@ -90,6 +94,7 @@ def ordinal_interval(
     out = dict(low=None, high=None, confidence=confidence, replicates=replicates, reason=_too_few(counts))
     if out["reason"]: return out
     ends = _percentiles([_flat(ordinal_metrics(one)) for one in _drawn(counts, replicates, seed)], confidence)
+    ends[:, _thin(counts)] = np.nan
     return out | {name: _shaped(row, len(counts.classes)) for name, row in zip(("low", "high"), ends)}
 
 def ordinal_difference(
@@ -110,7 +115,9 @@ def ordinal_difference(
     out = dict(value=_shaped(both[0] - both[1], k), low=None, high=None, confidence=confidence, reason=_too_few(a))
     if out["reason"]: return out
     drawn = [_flat(ordinal_metrics(x)) - _flat(ordinal_metrics(y)) for x, y in zip(_drawn(a, replicates, seed), _drawn(same, replicates, seed))]
-    return out | {name: _shaped(row, k) for name, row in zip(("low", "high"), _percentiles(drawn, confidence))}
+    ends = _percentiles(drawn, confidence)
+    ends[:, _thin(a)] = np.nan
+    return out | {name: _shaped(row, k) for name, row in zip(("low", "high"), ends)}
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #9e3651aa
 def decide(
@@ -220,15 +227,17 @@ def _value(metrics, name, classes):
 def success_table(
     metrics: Mapping, # Of `ordinal_metrics`
     interval: Mapping, # Of `ordinal_interval`
-    targets: Mapping[str, float], # Least values by measure, e.g. `{"kappa": .48, "precision medium": .22}`
+    targets: Mapping[str, float], # Least values by measure, e.g. `{"kappa": .48, "precision medium": .22}`; of `rank_error` the greatest
 ) -> list[dict]: # Rows: measure, value, low, high, target, met, says
     "Which targets are met, and how surely."
     rows = []
     for name, target in targets.items():
         value, low, high = (_value(x, name, metrics["classes"]) for x in (metrics, interval["low"], interval["high"]))
-        met = None if value is None else value >= target
-        sure = "" if low is None else "surely " if low >= target or high < target else "the blocks cannot tell surely; "
-        says = "cannot be measured" if met is None else ("" if sure.startswith("the") else sure) + ("met" if met else "missed") + (", but the interval spans the target" if sure.startswith("the") else "")
+        side = -1 if name == "rank_error" else 1  # of this the smaller the better
+        met = None if value is None else side*value >= side*target
+        ends = None if low is None else sorted((side*low, side*high))
+        spans = ends is not None and ends[0] < side*target <= ends[1]
+        says = "cannot be measured" if met is None else ("" if ends is None or spans else "surely ") + ("met" if met else "missed") + (", but the interval spans the target" if spans else "")
         rows.append(dict(measure=name, value=value, low=low, high=high, target=target, met=met, says=says))
     return rows
 
@@ -308,7 +317,7 @@ def plot_measures(
     systems: Mapping[str, ConfusionCounts], # By name, of the same blocks
     measures: Sequence[str] = ("kappa_quadratic", "spearman"), # Names as in `success_table`
     *,
-    targets: Mapping[str, float] = {}, # Drawn as ticks
+    targets: Mapping[str, float] = {}, # By measure, drawn as black lines
     confidence: float = .95, # Of the bars
     ax = None, # Axes to draw on; `None` makes some
 ): # The axes
@@ -316,14 +325,16 @@ def plot_measures(
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, .6 + .28*len(measures)*(len(systems) + .6)), dpi=72, layout="constrained")[1]
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
+    named = set()  # in the legend
+    def label(name): return None if name in named else named.add(name) or name
     for i, measure in enumerate(measures):
         for j, (name, counts) in enumerate(systems.items()):
             found, y = ordinal_interval(counts, confidence=confidence), i*(len(systems) + .6) + j
             value, low, high = (_value(x, measure, counts.classes) for x in (ordinal_metrics(counts), found["low"], found["high"]))
             if value is None: continue
             if low is not None: ax.plot([low, high], [y, y], color=colours[j % 7], linewidth=2, alpha=.5)
-            ax.plot(value, y, "o", color=colours[j % 7], markersize=5, label=name if i == 0 else None)
-        if measure in targets: ax.plot([targets[measure]]*2, [i*(len(systems) + .6) - .4, i*(len(systems) + .6) + len(systems) - .6], color="black", linewidth=1, label="target" if i == 0 else None)
+            ax.plot(value, y, "o", color=colours[j % 7], markersize=5, label=label(name))
+        if measure in targets: ax.plot([targets[measure]]*2, [i*(len(systems) + .6) - .4, i*(len(systems) + .6) + len(systems) - .6], color="black", linewidth=1, label=label("target"))
     ax.set(yticks=[i*(len(systems) + .6) + (len(systems) - 1)/2 for i in range(len(measures))], yticklabels=[m.replace("_", " ") for m in measures], xlabel=f"value, with {confidence:.0%} interval over blocks")
     ax.invert_yaxis()
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
