@@ -43,9 +43,9 @@ class ClassScene(Scene):
 
 # %% ../../nbs/data/28_class_masks.ipynb #bdedeb74
 def _checked(classes):
-    "Values by name, from the lowest class up."
+    "Values by name, from the lowest class up, as `read_window` gives them (float32)."
     if not isinstance(classes, Mapping) or len(classes) < 2: raise ConfigError(f"`classes` must name two classes or more, from the lowest, such as {{'low': [0], 'high': [1]}}; got {classes!r}")
-    try: found = {str(name): tuple(float(v) for v in (values if isinstance(values, (list, tuple)) else [values])) for name, values in classes.items()}
+    try: found = {str(name): tuple(float(np.float32(v)) for v in (values if isinstance(values, (list, tuple)) else [values])) for name, values in classes.items()}
     except (TypeError, ValueError): raise ConfigError(f"`classes` must list numbers for each class, got {classes!r}") from None
     all_values = [v for values in found.values() for v in values]
     if not all(found.values()): raise ConfigError(f"class {next(k for k, v in found.items() if not v)} has no value")
@@ -90,7 +90,7 @@ def open_class_scenes(
     classes: Mapping[str, Sequence[float]], # Values of the masks by name of the class, from the lowest class up
     *,
     clouds: str|Path|Sequence|None = None, # Masks in which anything but 0 hides the ground, paired in the same way
-    aoi=None, # Area of interest, as for `open_scenes`
+    aoi: str|Path|None = None, # Area of interest, as for `open_scenes`
     bands: Sequence[str]|None = None, # Bands to use, by name and in this order; `None` for all
 ) -> tuple[list[ClassScene], list[str]]: # The scenes, and notes
     "Find images with masks of ordered classes and check that they belong together."
