@@ -37,14 +37,14 @@ class WorldConfig(Config):
     "The made world that stands in for data."
     regions: int = Field(6, ge=1)
     size: int = Field(512, ge=128)               # Side of a region, in pixels
-    medium_share: float = Field(.0265, gt=0, lt=1)
-    high_share: float = Field(.06, gt=0, lt=1)
+    medium_share: float = Field(.0265, gt=0, lt=1) # Of the pixels
+    high_share: float = Field(.06, gt=0, lt=1)   # Of the pixels
 
 class ModelConfig(Config):
     "The network."
-    encoder: str = "efficientnet-b4"
-    attention: bool = True
-    dropout_prob: float = Field(.4, ge=0, lt=1)
+    encoder: str = "efficientnet-b4"             # Name in segmentation-models-pytorch, or `tu-` and one in timm
+    attention: bool = True                       # Gates at the places of `attention_at`
+    dropout_prob: float = Field(.4, ge=0, lt=1)  # With which a channel before the heads is left out in training
     # ours
     attention_at: list[Literal["bottleneck", "skips"]] = ["bottleneck", "skips"]
     head: Literal["classes", "coral"] = "classes"  # Which head the map believes
@@ -55,9 +55,9 @@ class ModelConfig(Config):
 class DatasetConfig(Config):
     "Tiles, and more of one class."
     oversample_class: int|None = Field(1, ge=0)  # Number of the class; `None` leaves the tiles as they are
-    oversample_target_fraction: float = Field(.075, gt=0, lt=1)
-    use_smote: bool = True
-    smote_k_neighbors: int = Field(5, ge=1)
+    oversample_target_fraction: float = Field(.075, gt=0, lt=1)  # Share of the class in the end, in `class_fraction_unit`
+    use_smote: bool = True                       # If not, tiles are repeated up to that share
+    smote_k_neighbors: int = Field(5, ge=1)      # Among which the second parent of a made tile is drawn
     # ours
     duplicate_target_fraction: float = Field(.05, gt=0, lt=1)  # Repeated tiles come first, up to this share; SMOTE makes the rest
     class_fraction_unit: Literal["tile", "pixel"] = "tile"
@@ -66,30 +66,30 @@ class DatasetConfig(Config):
 
 class TrainingConfig(Config):
     "Loss and optimiser."
-    use_ordinal_loss: bool = True
-    coral_weight: float = Field(.3, ge=0)
-    class_weights: list[float] = [.4, 2.5, 2.]
-    epochs: int = Field(60, ge=1)
-    use_focal_loss: bool = True
-    focal_gamma: float = Field(2.5, ge=0, le=10)
+    use_ordinal_loss: bool = True                # Add the loss of CORAL
+    coral_weight: float = Field(.3, ge=0)        # Of it; the focal loss counts 1
+    class_weights: list[float] = [.4, 2.5, 2.]   # Of the focal loss, from the lowest class
+    epochs: int = Field(60, ge=1)                # At most
+    use_focal_loss: bool = True                  # If not, cross entropy
+    focal_gamma: float = Field(2.5, ge=0, le=10) # How much pixels count less that are right already
     # ours
-    patience: int = Field(15, ge=1)
+    patience: int = Field(15, ge=1)              # Epochs without improvement after which training stops
     augmentation: float = Field(.4, ge=0, lt=1)  # Greatest change of brightness, contrast and saturation; tiles are turned and mirrored too
     learning_rate: float = Field(1e-4, gt=0)
-    batch_size: int = Field(8, ge=1)
-    steps_per_epoch: int|None = Field(None, ge=1)
-    early_stopping_metric: str = "val_loss"
+    batch_size: int = Field(8, ge=1)             # Tiles
+    steps_per_epoch: int|None = Field(None, ge=1)  # Batches; `None` shows all that the sampler gives
+    early_stopping_metric: str = "val_loss"      # Or another of validation, such as val_mean_ap
     precision: Literal["auto", "32", "bf16"] = "auto"
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0)                # Processes that read tiles
 
 class CrfConfig(Config):
     "The dense CRF, by the document's names."
     enabled: bool = True
-    iterations: int = Field(8, ge=0)
+    iterations: int = Field(8, ge=0)             # Of the mean field
     spatial_weight: float = Field(5., gt=0)      # Width of the Gaussian kernel, in pixels
-    compat_spatial: float = Field(5., ge=0)
-    compat_bilateral: float = Field(15., ge=0)
-    tile_size: int = Field(2048, ge=1)
+    compat_spatial: float = Field(5., ge=0)      # Weight of the Gaussian kernel
+    compat_bilateral: float = Field(15., ge=0)   # Weight of the bilateral kernel
+    tile_size: int = Field(2048, ge=1)           # Side of a tile of the CRF, in pixels, without its halo
     # ours
     bilateral_sxy: float = Field(80., gt=0)      # Width of the bilateral kernel, in pixels
     bilateral_srgb: float = Field(13., gt=0)     # And in the colours of the image, stretched to 0..255
@@ -108,7 +108,7 @@ class InferenceConfig(Config):
 class SmoothingConfig(Config):
     "Softer labels."
     enabled: bool = False
-    value: float = Field(.05, ge=0, lt=.5)
+    value: float = Field(.05, ge=0, lt=.5)       # Share of each label that is given to all classes alike
 
 class PreprocessingConfig(Config):
     "What is done to labels."
@@ -123,8 +123,8 @@ class LandslideConfig(Config):
     # ours
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     classes: dict[str, float|list[float]] = dict(low=0, medium=1, high=2)  # Values of the masks by name of the class, from the lowest
-    targets: dict[str, float] = {"kappa": .48, "precision medium": .22, "recall high": .93, "spearman": .58}
-    confidence: float = Field(.95, gt=.5, lt=1)
+    targets: dict[str, float] = {"kappa": .48, "precision medium": .22, "recall high": .93, "spearman": .58}  # Least values on test blocks, of rank_error the greatest
+    confidence: float = Field(.95, gt=.5, lt=1)  # Of all intervals
     random_seed: int = 42
     split: SplitConfig = SplitConfig()
     world: WorldConfig = WorldConfig()
