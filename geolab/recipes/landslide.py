@@ -366,7 +366,7 @@ def write_card(
     m, d, spec = run.metrics, read_json(run.path/"dataset_summary.json"), run.spec
     lines = [f"# Model card: {run.path.resolve().name}", m["contest"]["line"], f"- recipe: landslide\n- network: {spec['builder']}, {spec['arguments']['encoder']}, {spec['parameters']:,} parameters\n- input: {', '.join(spec['bands'])}, pixels of {spec['resolution']:g} m",
         "## Targets", "\n".join(f"- {r['measure']}: {_said(r['value'])}, target {r['target']:g}: {r['says']}" for r in m["targets"]),
-        "## Data", "\n".join(f"- {part}: {held['tiles']} tiles; " + ", ".join(f"{n} {s:.2%}" for n, s in held["share"].items()) for part, held in d["parts"].items()),
+        "## Classes", _rule(run), "## Data", "\n".join(f"- {part}: {held['tiles']} tiles; " + ", ".join(f"{n} {s:.2%}" for n, s in held["share"].items()) for part, held in d["parts"].items()), run.split.summary(), *run.audit.get("notes", []),
         "## Limits", "The results hold for ground like that of the test blocks. Classes are those of the masks the network was trained on; a map of risk says where ground resembles such places, not when it will move."]
     with atomic_file(run.path/"MODEL_CARD.md") as aside: aside.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return run.path/"MODEL_CARD.md"
