@@ -22,10 +22,11 @@ from ..core import GeolabError, RunError, atomic_file, content_hash, load_yaml, 
 from ..data.periods import PeriodSplit
 from ..data.raster import BandScale
 from ..data.splits import Split
-from ..evaluation.calibration import Calibrator
+from ..evaluation.calibration import Calibrator, SoftmaxCalibrator
 from ..evaluation.scores import load_scores
 from ..evaluation.thresholds import Threshold
 from ..nn.convlstm import ConvLSTM, GapAwareConvLSTM
+from ..nn.fusion import build_fusion_network
 from ..nn.segmentation import UnetWithAttention, build_change_network, build_segmenter
 
 # %% ../../nbs/training/51_runs.ipynb #c662c682
@@ -110,7 +111,7 @@ def _state(path, sha256, size):
     return "" if sha256_of(path) == sha256 else "altered"
 
 # %% ../../nbs/training/51_runs.ipynb #4cf50acc
-BUILDERS: dict[str, Callable[..., nn.Module]] = dict(segmenter=build_segmenter, change=build_change_network, unet_with_attention=UnetWithAttention, convlstm=ConvLSTM, gap_convlstm=GapAwareConvLSTM)
+BUILDERS: dict[str, Callable[..., nn.Module]] = dict(segmenter=build_segmenter, change=build_change_network, fusion=build_fusion_network, unet_with_attention=UnetWithAttention, convlstm=ConvLSTM, gap_convlstm=GapAwareConvLSTM)
 
 def save_model(
     folder: Path|str, # The run folder
@@ -143,7 +144,7 @@ def _versions():
     return dict(python=platform.python_version()) | {name: of(name) for name in ("geolab", "torch", "segmentation_models_pytorch", "timm")}
 
 def _check_bands(arguments, bands):
-    takes = arguments.get("in_channels", arguments.get("input_dim", len(bands)))
+    takes = sum(arguments["modalities"].values()) if "modalities" in arguments else arguments.get("in_channels", arguments.get("input_dim", len(bands)))
     if isinstance(takes, Mapping):  # by sensor
         if (names := [name for sensor in takes.values() for name in sensor]) != list(bands):
             raise RunError(f"the network takes the bands {', '.join(names)}, the scale has {', '.join(bands)}; they must be the same, in the same order")
@@ -260,14 +261,16 @@ def tile_size(self: Run) -> int:
 
 # %% ../../nbs/training/51_runs.ipynb #686e3235
 @patch(as_prop=True)
-def calibrator(self: Run) -> Calibrator|None:
-    "From logits to probabilities; `None` if none could be fitted."
+def calibrator(self: Run) -> Calibrator|SoftmaxCalibrator|None:
+    "From logits to probabilities; of several classes a `SoftmaxCalibrator`; `None` if none could be fitted."
     kept = self.read("calibration.json")
+    if "softmax" in kept: return SoftmaxCalibrator(kept["softmax"]["temperature"], tuple(kept["softmax"]["bias"]))
     return None if kept.get("temperature") is None else Calibrator.from_dict(kept)
 
 @patch(as_prop=True)
 def thresholds(self: Run) -> dict[str, Threshold]:
     "Thresholds by ratio, e.g. `1:500`."
+    if not _have(self, "threshold.json") and _have(self, "cuts.json"): raise RunError(f"{self.path} draws ordered classes, so it has no threshold; the rule of its classes stands in cuts.json")
     return {ratio: Threshold.from_dict(kept) for ratio, kept in self.read("threshold.json").items() if isinstance(kept, dict) and "logit" in kept}
 
 @patch(as_prop=True)
