@@ -179,7 +179,8 @@ def part_split(run: RunFiles) -> list[Html]:
 # %% ../nbs/69_report.ipynb #500ad07d
 def part_training(run: RunFiles) -> list[Html]:
     "Learning curves."
-    history, stop = run.json("history.json"), run.config.get("early_stopping_metric", "val_loss")
+    history, c = run.json("history.json"), run.config
+    stop = c.get("early_stopping_metric") or (c.get("training") or {}).get("early_stopping_metric") or "val_loss"
     if not isinstance(history, list) or not history: return [absent(f"No history: {pick(history or {'reason': 'no epoch is finished'}, 'history')}.")]
     known = [(row[stop], row["epoch"]) for row in history if row.get(stop) is not None]
     best = (min if stop.endswith("loss") else max)(known, key=lambda k: k[0])[1] if known else None

@@ -19,7 +19,9 @@ from geolab.core import ConfigError, DataError, GeolabError, RunError, SplitErro
 from geolab.data.augment import rgb_of
 from geolab.data.raster import read_info
 from geolab.evaluation.ordinal import MEASURES, PER_CLASS, decide
+from geolab.evaluation.calibration import SoftmaxCalibrator
 from geolab.inference.tta import DOUBT
+from geolab.inference.windows import predict_raster
 from geolab.recipes import landslide
 from geolab.recipes.pipeline import merge_config, stage_keys
 from geolab.training.runs import Run
@@ -617,3 +619,14 @@ def test_the_document_s_configuration_loads_as_written(tmp_path):
     kept = load_yaml(tmp_path / "run/config.yaml")
     def within(wanted, found): return all(within(v, found[k]) if isinstance(v, dict) else found[k] == v for k, v in wanted.items())
     assert kept["profile"] == "full" and within(load_yaml(DOCUMENT), kept["config"])
+
+
+def test_the_run_keeps_what_every_run_promises(whole, tmp_path):
+    out, _ = whole
+    run = Run.load(out)
+    kept = read_json(out / "calibration.json")["softmax"]
+    assert run.calibrator == SoftmaxCalibrator(kept["temperature"], tuple(kept["bias"]))
+    with pytest.raises(RunError, match="no threshold; the rule of its classes stands in cuts.json"): run.thresholds
+    with pytest.raises(ConfigError, match="landslide.predict"): predict_raster(run, out / "data/images/region_0.tif", tmp_path / "map.tif")
+    assert not (tmp_path / "map.tif").exists()
+    assert "val_mean_ap decides" in (out / "report.html").read_text()

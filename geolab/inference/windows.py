@@ -418,6 +418,8 @@ def predict_raster(
     if isinstance(run, (str, Path)):
         from geolab.training.runs import Run
         run = Run.load(run)
+    if (getattr(run, "spec", None) or {}).get("arguments", {}).get("classes", 1) > 1:
+        raise ConfigError("the run's network gives several classes, and this map shows one channel, yes or no; use `predict` of its recipe, such as geolab.recipes.landslide.predict, or predict_windows(channels=...)")
     transform, how = _written(run, output, threshold)
     tags = dict(GEOLAB_VERSION=__version__, GEOLAB_OUTPUT=output, GEOLAB_SOURCE=Path(src).name, GEOLAB_WEIGHTS=_weights_hash(run.model)) | how
     def one_channel(z):

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core import ConfigError, DataError, atomic_file, content_hash, load_yaml, read_json, write_json
+from ..data.augment import rgb_of
 from ..data.class_masks import paired
 from ..data.raster import find_images, read_info, read_window, write_geotiff
 from ..evaluation.calibration import SoftmaxCalibrator, ece, fit_softmax, plot_reliability, reliability
@@ -61,9 +62,10 @@ def risk_score(
     calibrator: SoftmaxCalibrator|None = None, # Applied to the logits
 ) -> Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b n h w"]]: # From images to K logits and the measures of `DOUBT`
     "What is written of each pixel: the mean over networks and views, and their doubt."
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     def read(network): return lambda x: class_logits(network(x), config.model.head)
-    score = doubt_score([read(load_model(path)[0]) for path in network_folders(folder)], D4 if config.inference.tta else D4[:1], None if calibrator is None else calibrator.logits)
-    return torch.inference_mode()(score)
+    score = doubt_score([read(load_model(path)[0].to(device)) for path in network_folders(folder)], D4 if config.inference.tta else D4[:1], None if calibrator is None else calibrator.logits)
+    return torch.inference_mode()(lambda images: score(images.to(device)).cpu())
 
 @patch
 def calibrate(self: Work):
@@ -107,7 +109,7 @@ def draw_probabilities(
             seen &= known & (hidden == 0)
         return scale.apply(x, seen), seen
     key = [[read_json(path/"model.json")["sha256"] for path in network_folders(run.path)], calibrator.temperature, calibrator.bias, c.inference.tta, c.model.head, scale.to_dict(), clouds and fingerprint([clouds])]
-    return predict_windows(risk_score(run.path, c, calibrator), info, dst, read=read, tile=run.tile_size, overlap=c.inference.overlap, channels=k + len(DOUBT), transform_logits=written,
+    return predict_windows(risk_score(run.path, c, calibrator), info, dst, read=read, batch_size=8 if torch.cuda.is_available() else 1, tile=run.tile_size, overlap=c.inference.overlap, channels=k + len(DOUBT), transform_logits=written,
         name=[*(f"probability_{name}" for name in names), *DOUBT], key=content_hash(key), tags=dict(GEOLAB_RUN=run.path.resolve().name), **kwargs)
 
 def refine(
@@ -120,10 +122,11 @@ def refine(
     info, source = read_info(network_map), read_info(image)
     names = tuple(b for b in info.bands if b.startswith("probability_"))
     p, drawn = read_window(info, 0, 0, info.height, info.width, bands=names)
-    pixels, valid = read_window(source, 0, 0, info.height, info.width)
+    shown = [source.bands[i] for i in rgb_of(source.bands) or [0]]  # what `display` looks at
+    pixels, valid = read_window(source, 0, 0, info.height, info.width, bands=shown)
     settings = document_settings({name: getattr(crf, name) for name in ("enabled", "iterations", "spatial_weight", "compat_spatial", "compat_bilateral", "tile_size")})
     p[:, ~drawn] = 1/len(p)
-    q = dense_crf(p/p.sum(0), display(pixels, valid, source.bands).astype(np.float32), valid=drawn, bilateral_sxy=crf.bilateral_sxy, bilateral_srgb=crf.bilateral_srgb, compatibility=crf.compatibility, **settings)
+    q = dense_crf(p/p.sum(0), display(pixels, valid, tuple(shown)).astype(np.float32), valid=drawn, bilateral_sxy=crf.bilateral_sxy, bilateral_srgb=crf.bilateral_srgb, compatibility=crf.compatibility, **settings)
     q[:, ~drawn] = np.nan
     return write_geotiff(dst, q.astype(np.float32), crs=info.crs, transform=info.transform, nodata=np.nan, bands=names)
 

@@ -8,6 +8,8 @@ __all__ = ['sample_pixels', 'PixelLogistic', 'fit_pixel_logistic', 'pixel_logist
 
 # %% ../../nbs/training/53_baselines.ipynb #11e250d1
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from math import comb
 from typing import Callable, Sequence
 
 import numpy as np
@@ -17,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import DataError, progress as progress_bar
-from ..evaluation.ordinal import best_cuts
 from ..evaluation.scores import ScoreHistogram
 from .fit import score_dataset
 
@@ -185,10 +186,16 @@ def fit_band_cuts(
 ) -> BandCuts:
     "Cut one band into ordered classes."
     values, target, weights = sample_classes(dataset, classes, per_class, read=lambda sample: np.asarray(sample["image"])[[band]], seed=seed, progress=progress)
-    falling = np.corrcoef(values[:, 0], target)[0, 1] < 0
-    order = np.argsort(-values[:, 0] if falling else values[:, 0], kind="stable")
-    rank = np.empty(len(order))
-    rank[order] = np.arange(1, len(order) + 1)/(len(order) + 1)
-    probabilities = np.stack([1 - rank, *np.zeros((classes - 2, len(rank))), rank])  # one number orders all pixels, so one number is cut
-    cuts = sorted(best_cuts(probabilities, target, weights=weights))
-    return BandCuts(band, tuple(float(values[order[min(int(np.ceil(c*(len(order) + 1))) - 1, len(order) - 1)], 0]) for c in cuts), bool(falling))
+    sign = -1 if np.corrcoef(values[:, 0], target)[0, 1] < 0 else 1
+    order = np.argsort(sign*values[:, 0], kind="stable")
+    x, held = sign*values[order, 0], np.cumsum(np.eye(classes)[target[order]]*weights[order, None], 0)
+    steps = next(m for m in (60, 40, 25, 16, 10) if m == 10 or comb(m + classes - 2, classes - 1) <= 50_000)
+    candidates = np.unique(np.quantile(x, np.linspace(0, 1, steps + 1)[1:], method="nearest"))  # values that occur, so that equal pixels stay together
+    below = np.concatenate([np.zeros((1, classes)), held])[np.searchsorted(x, candidates, "left")]  # (candidate, class)
+    pairs = np.array(list(combinations_with_replacement(range(len(candidates)), classes - 1)))
+    ends = np.concatenate([np.zeros((len(pairs), 1, classes)), below[pairs], np.broadcast_to(held[-1], (len(pairs), 1, classes))], 1)
+    counts = np.diff(ends, axis=1)  # (choice of cuts, predicted, true)
+    cost = np.subtract.outer(np.arange(classes), np.arange(classes))**2
+    chance = (cost*counts.sum(2)[:, :, None]*counts.sum(1)[:, None]).sum((1, 2))
+    kappa = 1 - (cost*counts).sum((1, 2))*held[-1].sum()/np.where(chance > 0, chance, np.inf)
+    return BandCuts(band, tuple(float(sign*candidates[i]) for i in pairs[kappa.argmax()]), sign < 0)

@@ -22,7 +22,7 @@ from ..core import GeolabError, RunError, atomic_file, content_hash, load_yaml, 
 from ..data.periods import PeriodSplit
 from ..data.raster import BandScale
 from ..data.splits import Split
-from ..evaluation.calibration import Calibrator
+from ..evaluation.calibration import Calibrator, SoftmaxCalibrator
 from ..evaluation.scores import load_scores
 from ..evaluation.thresholds import Threshold
 from ..nn.convlstm import ConvLSTM, GapAwareConvLSTM
@@ -261,14 +261,16 @@ def tile_size(self: Run) -> int:
 
 # %% ../../nbs/training/51_runs.ipynb #686e3235
 @patch(as_prop=True)
-def calibrator(self: Run) -> Calibrator|None:
-    "From logits to probabilities; `None` if none could be fitted."
+def calibrator(self: Run) -> Calibrator|SoftmaxCalibrator|None:
+    "From logits to probabilities; of several classes a `SoftmaxCalibrator`; `None` if none could be fitted."
     kept = self.read("calibration.json")
+    if "softmax" in kept: return SoftmaxCalibrator(kept["softmax"]["temperature"], tuple(kept["softmax"]["bias"]))
     return None if kept.get("temperature") is None else Calibrator.from_dict(kept)
 
 @patch(as_prop=True)
 def thresholds(self: Run) -> dict[str, Threshold]:
     "Thresholds by ratio, e.g. `1:500`."
+    if (self.path/"cuts.json").exists() and not (self.path/"threshold.json").exists(): raise RunError(f"{self.path} draws ordered classes, so it has no threshold; the rule of its classes stands in cuts.json")
     return {ratio: Threshold.from_dict(kept) for ratio, kept in self.read("threshold.json").items() if isinstance(kept, dict) and "logit" in kept}
 
 @patch(as_prop=True)
