@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAME', 'ABOUT', 'SECTIONS', 'network_folders', 'load_calibrator', 'risk_score', 'class_colours', 'draw_probabilities',
            'refine', 'draw_classes', 'says_who_won', 'part_ordinal_result', 'part_classes', 'part_ordinal_data',
-           'part_class_maps', 'part_ranks', 'part_ordinal_use', 'write_card', 'stages', 'run', 'resume', 'predict',
-           'compare']
+           'part_ordinal_split', 'part_class_maps', 'part_ranks', 'part_ordinal_use', 'write_card', 'stages', 'run',
+           'resume', 'predict', 'compare']
 
 # %% ../../nbs/recipes/76_landslide.ipynb #ad7e71c3
 from pathlib import Path
@@ -298,6 +298,13 @@ def _rule(run):
     if "risk" not in found: return rule
     return f"{rule} The map is drawn {'with' if kept['map'] == 'risk' else 'without'} the CRF: quadratic kappa {_said(found['risk'])} with it and {_said(found['network'])} without on {of}."
 
+def _crf_effect(crf):
+    "What the CRF changed, in one sentence."
+    d = crf["difference"]
+    if d["low"] is None or None in (d["value"]["kappa_quadratic"], d["low"]["kappa_quadratic"]): return f"What the CRF changed cannot be said surely: {d['reason'] or 'the test blocks hold a single class'}."
+    value, low, high = (d[k]["kappa_quadratic"] for k in ("value", "low", "high"))
+    return f"On the test blocks the CRF changes the quadratic kappa by {value:+.3f} ({low:+.3f} to {high:+.3f}); the map is drawn with{'' if crf['used'] else 'out'} it."
+
 def part_classes(run: RunFiles) -> list[Html]:
     "Each class, and the simpler rules."
     m = run.json("metrics.json")
@@ -311,6 +318,7 @@ def part_classes(run: RunFiles) -> list[Html]:
     counts, shown = {label: _counts(run, key) for label, key in drawn.items()}, ["kappa_quadratic", "spearman", f"precision {names[1]}", f"recall {names[-1]}"]
     return [tag("p", _rule(run)), table("The map beside simpler rules. Accuracy is high for a rule that always says the most frequent class.", ["system", "quadratic kappa", "kappa", "Spearman", "accuracy"], rows),
         table("Precision and recall of each class. A CRF that smooths too much shows as a lost recall of the rare class.", ["class", *systems], each),
+        tag("p", _crf_effect(crf)) if crf else None,
         tag("div", [figure(run.path, "confusion", lambda ax: plot_confusion(counts["map"], ax), "What each true class was called, on the test blocks.", "Confusion matrix of the map.", (3.2, 2.8)),
             figure(run.path, "measures", lambda ax: plot_measures(counts, shown, targets=run.config["targets"], confidence=run.config["confidence"], ax=ax), "Dots are values, bars intervals over blocks, black lines the targets.", "Measures of the map and of simpler rules.", (6., 3.8))], class_="row")]
 
@@ -323,6 +331,10 @@ def part_ordinal_data(run: RunFiles) -> list[Html]:
     a = d["added"]
     said = f"{a['of']}: {a['share']:.2%} of the {a['unit']}s of train; repeated {a['repeated']:.0f}, made by SMOTE {a['made']}, which gives {a['reached']:.2%}." if a else "No class was oversampled."
     return [table("Tiles and classes of each part.", ["part", "tiles", *d["classes"]], rows), tag("p", said), *(tag("p", n) for n in run.json("audit.json").get("notes") or [])]
+
+def part_ordinal_split(run: RunFiles) -> list[Html]:
+    "Map of the blocks and the certificate of the split."
+    return [tag("p", f"Parts are balanced by what lies above {next(iter(run.config['classes']))}; that is what positive means here."), *part_split(run)]
 
 # %% ../../nbs/recipes/76_landslide.ipynb #36f75ae4
 def part_class_maps(run: RunFiles, most: int = 4) -> list[Html]:
@@ -358,7 +370,7 @@ def part_ordinal_use(run: RunFiles) -> list[Html]:
     code = f'from geolab.recipes.landslide import predict\npredict("{run.path.resolve().name}", "image.tif", "out")'
     return [tag("p", "The folder is the model. In Python:"), tag("pre", tag("code", code), tabindex=0), tag("p", "This writes probabilities, doubt and classes of another image with the same bands.")]
 
-SECTIONS = (("result", "Result", part_ordinal_result), ("classes", "Classes", part_classes), ("data", "Data", part_ordinal_data), ("split", "Split", part_split), ("training", "Training", part_training),
+SECTIONS = (("result", "Result", part_ordinal_result), ("classes", "Classes", part_classes), ("data", "Data", part_ordinal_data), ("split", "Split", part_ordinal_split), ("training", "Training", part_training),
     ("calibration", "Calibration", part_ranks), ("map", "Map", part_class_maps), ("files", "Files", part_files), ("use", "How to use it", part_ordinal_use))
 
 # %% ../../nbs/recipes/76_landslide.ipynb #3ec36335
