@@ -509,11 +509,11 @@ def test_a_shifted_mask(files):
 
 def test_a_mask_without_partner(files):
     (files / "labels/region_1.tif").rename(files / "labels/other.tif")
-    refused(files, "no labels for region_1.tif; expected one named region_1, found other")
+    refused(files, "no mask of classes for region_1.tif; expected a mask of classes named region_1 or region_1_mask, found other")
 
 
 def test_clouds_without_partner(files):
-    refused(files, "no clouds for region_1.tif", masks=files / "labels/region_0.tif")
+    refused(files, "no cloud mask for region_1.tif", masks=files / "labels/region_0.tif")
 
 
 def test_images_in_place_of_masks(files):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'write_geotiff', 'RasterInfo', 'read_info', 'read_window', 'raster_windows', 'read_labels', 'rasterise',
-           'find_images', 'Scene', 'open_scenes', 'has_valid_pixel', 'BandScale', 'fit_band_scale']
+           'find_images', 'Scene', 'pair_masks', 'open_scenes', 'has_valid_pixel', 'BandScale', 'fit_band_scale']
 
 # %% ../../nbs/data/10_raster.ipynb #5b5631fb
 import glob, math, os, threading, warnings
@@ -373,20 +373,21 @@ def _check_alike(infos):
 
 def _same_grid(a, b):
     "Do two rasters share size, CRS and, to a hundredth of a pixel, their place?"
-    off = max(abs(p - q) for p, q in zip(a.bounds, b.bounds))
-    return (a.height, a.width, a.crs) == (b.height, b.width, b.crs) and a.transform.e*b.transform.e > 0 and off < .01*a.resolution
+    return (a.height, a.width, a.crs) == (b.height, b.width, b.crs) and a.transform.e*b.transform.e > 0 and max(abs(p - q) for p, q in zip(a.bounds, b.bounds)) < .01*a.resolution
 
-def _pair_masks(infos, masks):
-    "The mask of each image, by file name, on the same grid."
+def pair_masks(
+    infos: Sequence[RasterInfo], # Images
+    masks: str|Path|Sequence, what: str = "mask", # What `find_images` takes, and what to call it
+) -> list[RasterInfo]: # One per image
+    "The mask of each image, by file name: one band, on the same grid."
     masks, paired = [read_info(path) for path in find_images(masks)], []
     by_stem = {mask.path.stem: mask for mask in masks}
     for stem, info in ((info.path.stem, info) for info in infos):
         mask = masks[0] if len(masks) == len(infos) == 1 else next((by_stem[s] for s in (stem, f"{stem}_mask", f"{stem}_label", f"{stem}_labels") if s in by_stem), None)
-        if mask is None: raise DataError(f"no mask for {info.path.name}; expected a mask named {stem} or {stem}_mask, found {', '.join(sorted(by_stem)[:5])}")
-        if mask.count != 1: raise DataError(f"mask {mask.path} has {mask.count} bands; one band of class numbers is expected")
+        if mask is None: raise DataError(f"no {what} for {info.path.name}; expected a {what} named {stem} or {stem}_mask, found {', '.join(sorted(by_stem)[:5])}")
+        if mask.count != 1: raise DataError(f"{what} {mask.path} has {mask.count} bands; one band of class numbers is expected")
         if not _same_grid(info, mask):
-            raise DataError(f"mask {mask.path} lies on another grid than {info.path}: {mask.height} x {mask.width} px of {mask.resolution:g} in {mask.crs} from {mask.bounds[:2]}, "
-                            f"against {info.height} x {info.width} px of {info.resolution:g} in {info.crs} from {info.bounds[:2]}; warp it with gdalwarp")
+            raise DataError(f"{what} {mask.path} lies on another grid than {info.path}: {mask.height} x {mask.width} px of {mask.resolution:g} in {mask.crs} from {mask.bounds[:2]}, against {info.height} x {info.width} px of {info.resolution:g} in {info.crs} from {info.bounds[:2]}; warp it with gdalwarp")
         paired.append(mask)
     return paired
 
@@ -420,7 +421,7 @@ def open_scenes(
     vectors, masks, counts, values = [None]*len(infos), [None]*len(infos), {}, None
     if isinstance(labels, (list, tuple)) or isinstance(labels, (str, Path)) and (Path(labels).suffix.lower() in SUFFIXES or Path(labels).is_dir() or not Path(labels).is_file() and glob.has_magic(str(labels))):
         if column is not None: raise DataError("`column` belongs to polygons, and these labels are rasters; choose classes with `positive`")
-        masks = _pair_masks(infos, labels)
+        masks = pair_masks(infos, labels)
         if positive is not None: values = tuple(float(v) for v in (positive if isinstance(positive, (list, tuple, set)) else [positive]))
     elif labels is not None:
         polygons = read_labels(labels, column=column, positive=positive, layer=layer)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ..core import ConfigError, DataError, atomic_file, content_hash, load_yaml, read_json, write_json
 from ..data.augment import rgb_of
-from ..data.class_masks import paired
-from ..data.raster import find_images, read_info, read_window, write_geotiff
+from ..data.raster import find_images, pair_masks, read_info, read_window, write_geotiff
 from ..evaluation.calibration import SoftmaxCalibrator, ece, fit_softmax, plot_reliability, reliability
 from ..evaluation.metrics import average_precision
 from ..evaluation.ordinal import (OrdinalScores, best_cuts, compare_baseline, counts_as_json, decide, describe_difference, majority, ordinal_difference, ordinal_interval,
@@ -268,10 +267,6 @@ def evaluate(self: Work):
     return [write_json(self.folder/"metrics.json", metrics), save_scores(self.folder/"scores.npz", named | {f"rival {name}": counts for name, counts in rivals.items()})]
 
 # %% ../../nbs/recipes/76_landslide.ipynb #ee7963be
-def _counts(run, name):
-    "Counts of a map or a rival in the run folder."
-    return load_scores(run.path/"scores.npz")[name]
-
 def _pair(metrics, name, i=None):
     "A measure with its interval."
     at = lambda m: None if m is None else m[name] if i is None else m[name][i]
@@ -315,7 +310,8 @@ def part_classes(run: RunFiles) -> list[Html]:
     rows = [[name, *(_pair(s, x) for x in ("kappa_quadratic", "kappa", "spearman")), s["accuracy"]] for name, s in systems.items()]
     each = [[f"{name}, {kind}", *(_pair(s, kind, i) for s in systems.values())] for i, name in enumerate(names) for kind in ("precision", "recall")]
     drawn = {"map": last} | ({other: "network" if crf["used"] else "risk"} if crf else {}) | {n: f"rival {n}" for n in m["baselines"]}
-    counts, shown = {label: _counts(run, key) for label, key in drawn.items()}, ["kappa_quadratic", "spearman", f"precision {names[1]}", f"recall {names[-1]}"]
+    parts = load_scores(run.path/"scores.npz")
+    counts, shown = {label: parts[key] for label, key in drawn.items()}, ["kappa_quadratic", "spearman", f"precision {names[1]}", f"recall {names[-1]}"]
     return [tag("p", _rule(run)), table("The map beside simpler rules. Accuracy is high for a rule that always says the most frequent class.", ["system", "quadratic kappa", "kappa", "Spearman", "accuracy"], rows),
         table("Precision and recall of each class. A CRF that smooths too much shows as a lost recall of the rare class.", ["class", *systems], each),
         tag("p", _crf_effect(crf)) if crf else None,
@@ -463,7 +459,8 @@ def _go(config, folder, data, profile, force, until, say):
     open_folder(folder, NAME)
     work = Work(config, folder, **data, say=say)
     work.check()
-    inputs = None if work.made else fingerprint([p for spec in (data["images"], data["labels"], data["masks"], data["aoi"]) if spec for p in (find_images(spec) if spec is not data["aoi"] else [Path(spec)])])
+    rasters = [p for spec in (data["images"], data["labels"], data["masks"]) if spec for p in find_images(spec)]
+    inputs = None if work.made else fingerprint([*rasters, *([data["aoi"]] if data["aoi"] else [])])
     return start_run(NAME, work, stages(config.inference.crf.enabled), profile=profile, data=data, inputs=inputs, until=until, force=force, say=say)
 
 # %% ../../nbs/recipes/76_landslide.ipynb #29e90e25
@@ -481,7 +478,7 @@ def predict(
     names = ["network"] + ["risk"]*(kept["map"] == "risk") + ["class"]
     paths = {name: out/f"{stem}_{name}.tif" for name in names}
     if there := [p.name for p in paths.values() if p.exists() and not overwrite]: raise ConfigError(f"{', '.join(there)} exists in {out}; give another folder, or ask for `overwrite=True`")
-    if clouds is not None: clouds = paired([info], clouds, "clouds")[0].path
+    if clouds is not None: clouds = pair_masks([info], clouds, "cloud mask")[0].path
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw_probabilities(run, image, paths["network"], clouds, overwrite=overwrite)
     if "risk" in paths: drawn = refine(drawn, image, paths["risk"], c.inference.crf)
