@@ -517,7 +517,7 @@ def test_clouds_without_partner(files):
 
 
 def test_images_in_place_of_masks(files):
-    refused(files, "has 13 bands; one is expected", labels=files / "images")
+    refused(files, "has 13 bands; one band of class numbers is expected", labels=files / "images")
 
 
 def test_a_class_that_no_mask_holds(files):
