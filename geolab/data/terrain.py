@@ -72,7 +72,9 @@ def slope(
     valid: Bool[np.ndarray, "h w"]|None = None, # False where there is no height
 ) -> Float[np.ndarray, "h w"]: # Degrees, 0 to 90
     "Steepness of the ground."
-    return np.degrees(np.arctan(np.hypot(*gradient(dem, sides, valid=valid))))
+    return _steep(np.hypot(*gradient(dem, sides, valid=valid)))
+
+def _steep(rise): return np.degrees(np.arctan(rise))
 
 def aspect(
     dem: Float[np.ndarray, "h w"], # Heights, in metres; NaN where there is none
@@ -141,8 +143,9 @@ def wetness(
 ) -> Float[np.ndarray, "h w"]: # ln(m), larger is wetter
     "Topographic wetness index, ln(a / tan slope)."
     if not (isinstance(min_slope, (int, float)) and math.isfinite(min_slope) and min_slope > 0): raise ConfigError(f"`min_slope` is a tangent above 0, got {min_slope!r}")
-    steep = np.hypot(*gradient(dem, sides, valid=valid))
-    return np.log(flow_area(dem, sides, valid=valid)/np.maximum(steep, min_slope))
+    return _wet(flow_area(dem, sides, valid=valid), np.hypot(*gradient(dem, sides, valid=valid)), min_slope)
+
+def _wet(area, steep, min_slope): return np.log(area/np.maximum(steep, min_slope))
 
 # %% ../../nbs/data/11_terrain.ipynb #bdd90d44
 INDICES = dict(ndvi=("nir", "red"), ndwi=("green", "nir"), mndwi=("green", "swir1"), ndmi=("nir", "swir1"), nbr=("nir", "swir2")) # (a, b) of (a - b)/(a + b)
@@ -172,11 +175,11 @@ def terrain_bands(
     if not bands or isinstance(bands, str) or not set(bands) <= set(TERRAIN):
         raise ConfigError(f"`bands` are some of {', '.join(TERRAIN)}; got {bands!r}")
     z, how = np.asarray(dem), dict(valid=valid)
-    def facing(axis):
-        parts = gradient(z, sides, **how)
-        return -parts[axis]/np.maximum(np.hypot(*parts), 1e-12)
-    make = dict(height=lambda: _surface(z, sides, valid)[1:-1, 1:-1], slope=lambda: slope(z, sides, **how), northness=lambda: facing(0), eastness=lambda: facing(1),
-        curvature=lambda: curvature(z, sides, **how), profile_curvature=lambda: curvature(z, sides, "profile", **how), plan_curvature=lambda: curvature(z, sides, "plan", **how), wetness=lambda: wetness(z, sides, **how))
+    rises = gradient(z, sides, **how) if set(bands) & {"slope", "northness", "eastness", "wetness"} else (0., 0.)
+    steep = np.hypot(*rises)
+    make = dict(height=lambda: _surface(z, sides, valid)[1:-1, 1:-1], slope=lambda: _steep(steep), northness=lambda: -rises[0]/np.maximum(steep, 1e-12), eastness=lambda: -rises[1]/np.maximum(steep, 1e-12),
+        curvature=lambda: curvature(z, sides, **how), profile_curvature=lambda: curvature(z, sides, "profile", **how), plan_curvature=lambda: curvature(z, sides, "plan", **how),
+        wetness=lambda: _wet(flow_area(z, sides, **how), steep, .001))
     return np.stack([make[name]() for name in bands]).astype(np.float32)
 
 def write_terrain(
