@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SECTIONS', 'RunFiles', 'verdict', 'part_result', 'part_data', 'part_split', 'part_training',
-           'part_precision', 'part_members', 'part_thresholds', 'part_certificate', 'part_calibration', 'part_objects',
-           'part_samples', 'part_map', 'part_files', 'part_use', 'build_report']
+           'part_precision', 'part_members', 'part_thresholds', 'part_explore', 'part_certificate', 'part_calibration',
+           'part_objects', 'part_samples', 'part_map', 'part_files', 'part_use', 'build_report']
 
 # %% ../nbs/69_report.ipynb #4f443a01
 import math
@@ -18,12 +18,12 @@ import numpy as np
 from .core import ConfigError, DataError, GeolabError, Ratio, RunError, atomic_file, load_yaml, read_json, sha256_of
 from .data.splits import Split, plot_split
 from .evaluation.calibration import Calibrator, plot_reliability, reliability
-from .evaluation.metrics import PRCurve, plot_pr, pr_curve
+from .evaluation.metrics import PRCurve, plot_pr, pr_curve, stratum_weight
 from .evaluation.objects import ObjectMatch, object_pr, plot_sizes
 from .evaluation.scores import load_scores
 from .evaluation.thresholds import plan_calibration, plot_prevalence, plot_trade_off, precision_over_prevalence
 from .page import Html, Missing, absent, facts, figure, html_page, percent, pick, picture, show, table, tag
-from .page import bright_end, encode, plot_columns, plot_map, read_overview, sample_panels
+from .page import EXPLORER, bright_end, encode, explorer, plot_columns, plot_map, read_overview, sample_panels
 from .training.fit import plot_history
 
 # %% ../nbs/69_report.ipynb #2dad4783
@@ -49,6 +49,15 @@ class RunFiles:
         if not (self.path/"scores.npz").is_file(): return Missing("scores.npz is not in the run folder")
         if "scores.npz" not in self._read: self._read["scores.npz"] = load_scores(self.path/"scores.npz")
         return self._read["scores.npz"].get(part) or Missing(f"scores.npz holds no part {part}")
+
+    @property
+    def samples(self) -> list[dict]:
+        "Sample tiles, the best first: `ids`, `labels`, `images` (3, h, w) uint8, `truth`, `probability`, `valid`; none without their file."
+        if not (self.path/"samples.npz").is_file(): return []
+        order = ["best", "typical", "worst"]
+        with np.load(self.path/"samples.npz", allow_pickle=False) as kept: rows = [dict(zip(kept.files, row)) for row in zip(*kept.values())]
+        rows = [row | dict(truth=row["truth"] > 0, valid=row["valid"].astype(bool), probability=row["probability"].astype(np.float32)) for row in rows]
+        return sorted(rows, key=lambda row: order.index(row["labels"]) if row["labels"] in order else len(order))
 
     @property
     def model(self) -> dict:
@@ -291,6 +300,29 @@ def _prevalence(run):
     return figure(run.path, "prevalence", lambda ax: plot_prevalence({"threshold of the map": curve}, t["target_precision"], ax), caption,
                   f"Precision over prevalence: {reach}.", (4.6, 3.))
 
+# %% ../nbs/69_report.ipynb #e7d886ea
+def part_explore(
+    run: RunFiles,
+    unit: str = "pixels", # What the scores are of
+) -> list[Html]:
+    "Sliders for threshold and rarity, over the scores of the test blocks."
+    hist, t, kept = run.scores(), run.threshold, run.json("calibration.json")
+    if isinstance(hist, Missing) or t.get("logit") is None: return [absent(f"No sliders: {hist if isinstance(hist, Missing) else pick(t, 'logit')}.")]
+    totals, flagged = hist.counts.sum((0, 2)), hist.flagged().sum(0)
+    if not totals[0]: return [absent("No sliders: the test blocks hold no positives.")]
+    drawn = hist.index_of(t["logit"])
+    low, high = (flagged[0] == totals[0]).sum() - 1, np.flatnonzero(flagged.sum(0))[-1]         # all positives lie above the first, nothing above the last
+    at = np.unique(np.r_[np.linspace(max(low, 0), high, 240).round().astype(int), drawn])
+    calibrator = Calibrator.from_dict(kept) if "temperature" in kept else Calibrator()
+    rare = [stratum_weight(hist, Ratio(1, r), run.config.get("ratio_unit", "tile")) for r in (10**6, 2*10**6)]
+    weight = Missing(rare[0].reason) if rare[0].value is None else ((rare[1].value - rare[0].value)/1e6, 2*rare[0].value - rare[1].value)
+    chosen = run.json("threshold.json").get("chosen")
+    tiles = [(row["ids"], row["images"], row["truth"], row["probability"], row["valid"]) for row in run.samples[:9]]
+    return [tag("p", f"For looking, not for choosing: a threshold that was picked on these test {unit} is no longer measured by them. The thresholds above were chosen on other blocks."),
+            explorer(hist.edges[at], calibrator.probability(hist.edges[at]), flagged[:, at], totals, start=int(np.searchsorted(at, drawn)), weight=weight, target=t["target_precision"], unit=unit, tiles=tiles,
+                     ratio=round(_rarity(chosen)) - 1 if _rarity(chosen) else None),
+            tag("p", "In the tiles, blue outlines the labels and orange what the threshold flags.") if tiles else None]
+
 # %% ../nbs/69_report.ipynb #3ebd2663
 def part_certificate(run: RunFiles) -> list[Html]:
     "What the threshold promises, what that rests on, and what it would take."
@@ -370,12 +402,11 @@ def _object_figures(run):
 def part_samples(run: RunFiles) -> list[Html]:
     "Tiles that went well, badly and as usual."
     if not (run.path/"samples.npz").is_file(): return [absent("No samples: samples.npz is not in the run folder.")]
-    with np.load(run.path/"samples.npz", allow_pickle=False) as kept: samples = [dict(zip(kept.files, row)) for row in zip(*kept.values())]
-    if not samples: return [absent("No samples: no test tile holds positives.")]
-    level, order, out, strips = run.threshold.get("probability"), ["best", "typical", "worst"], [], []
-    top = bright_end(s["probability"][s["valid"].astype(bool)].astype(np.float32) for s in samples)
-    for s in sorted(samples, key=lambda s: order.index(s["labels"]) if s["labels"] in order else len(order))[:9]:
-        valid, truth, p = s["valid"].astype(bool), s["truth"] > 0, s["probability"].astype(np.float32)
+    if not (samples := run.samples): return [absent("No samples: no test tile holds positives.")]
+    level, out, strips = run.threshold.get("probability"), [], []
+    top = bright_end(s["probability"][s["valid"]] for s in samples)
+    for s in samples[:9]:
+        valid, truth, p = s["valid"], s["truth"], s["probability"]
         strips.append(sample_panels(s["images"], truth, p, valid, level, top))
         counts = [show(int((truth & valid).sum())), " positive pixels"]
         if level is not None:
@@ -436,8 +467,8 @@ def part_use(run: RunFiles) -> list[Html]:
 # %% ../nbs/69_report.ipynb #6929f0ce
 SECTIONS = (
     ("result", "Result", part_result), ("data", "Labels and baselines", part_data), ("split", "Split", part_split), ("training", "Training", part_training),
-    ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("certificate", "Certificate", part_certificate),
-    ("calibration", "Calibration", part_calibration),
+    ("precision", "Precision and recall", part_precision), ("thresholds", "Thresholds", part_thresholds), ("explore", "Try other thresholds", part_explore),
+    ("certificate", "Certificate", part_certificate), ("calibration", "Calibration", part_calibration),
     ("objects", "Objects", part_objects), ("samples", "Sample tiles", part_samples), ("map", "Map", part_map), ("files", "Files", part_files),
     ("use", "How to use it", part_use))
 
@@ -451,6 +482,6 @@ def build_report(
         try: parts.append((anchor, title, draw(run)))
         except GeolabError: raise
         except Exception as error: raise RunError(f"the part `{title}` cannot be made from {run.path}: {error}; is one of its files broken?") from error
-    page = html_page(f"Report of the run \u201c{run.path.resolve().name}\u201d", parts)
+    page = html_page(f"Report of the run \u201c{run.path.resolve().name}\u201d", parts, EXPLORER if any(anchor == "explore" for anchor, _, _ in parts) else None)
     with atomic_file(run.path/"report.html") as aside: aside.write_text(page, encoding="utf-8")
     return run.path/"report.html"
