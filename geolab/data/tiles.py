@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from jaxtyping import Bool
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 
 from ..core import ConfigError, DataError, progress
@@ -79,8 +80,12 @@ class TileDataset(Dataset):
         own: bool = False, # For evaluation: what an earlier tile covers is not valid, so that every pixel counts once
         size: int|None = None, # Side of the samples; smaller tiles are padded; `None` for the largest tile
         cache_mb: float = 512, # Memory for tiles that were read, per worker; 0 for none
+        scales: Sequence[float] = (1,), # How much ground a sample shows, in sides of its tile, 0.25 to 8; several are drawn with equal chance
     ):
-        if own and (jitter or augment): raise ConfigError("`own` counts every pixel once, which shifted or augmented tiles cannot; leave `jitter` and `augment` out")
+        self.scales = tuple(scales)
+        if not self.scales or not all(isinstance(s, (int, float)) and .25 <= s <= 8 for s in self.scales): raise ConfigError(f"`scales` must be numbers from 0.25 to 8, at least one, got {scales}")
+        if own and (jitter or augment or self.scales != (1,)):
+            raise ConfigError("`own` counts every pixel once, which shifted, augmented or resampled tiles cannot; leave `jitter`, `augment` and `scales` out")
         if not len(tiles): raise DataError("there is no tile to read; is the part empty?")
         self.scenes = {scene.id: scene for scene in scenes}
         if lost := sorted(set(tiles.scene) - set(self.scenes)): raise DataError(f"tiles lie in scenes {', '.join(lost)}, but the scenes are {', '.join(self.scenes)}")
@@ -100,9 +105,9 @@ class TileDataset(Dataset):
 # %% ../../nbs/data/12_tiles.ipynb #64e204fb
 @patch
 def _read(self: TileDataset, i):
-    "Scaled image, mask and valid of the tile and the margin that jitter may reach, and where the tile lies in it; kept while memory lasts."
+    "Scaled image, mask and valid of the tile and the margin that jitter and scales may reach, and where the tile lies in it; kept while memory lasts."
     if i in self._kept: return self._kept[i]
-    t, j = self.tiles[i], self.jitter
+    t, j = self.tiles[i], max(self.jitter, int(np.ceil((max(self.scales) - 1)*self.size)))
     row0, row1 = (max(t["row0"], t["row"] - j), min(t["row1"], t["row"] + t["height"] + j)) if j else (t["row"], t["row"] + t["height"])
     col0, col1 = (max(t["col0"], t["col"] - j), min(t["col1"], t["col"] + t["width"] + j)) if j else (t["col"], t["col"] + t["width"])
     sample = self.scenes[t["scene"]].read(row0, col0, row1 - row0, col1 - col0, bands=self.bands[t["scene"]])
@@ -113,14 +118,18 @@ def _read(self: TileDataset, i):
     if self._kept_bytes + n <= self.cache_bytes: self._kept[i], self._kept_bytes = held, self._kept_bytes + n
     return held
 
-@patch
-def _shift(self: TileDataset, i, mask, generator):
-    "Where to cut the tile out of its margin; a tile with positives keeps some."
-    t, (height, width) = self.tiles[i], mask.shape
+def _draw_place(ends, height, width, mask, keep, generator):
+    "A place for a window between two ends per axis; `None` if positives are to be kept and eight draws find none."
     for _ in range(8):
-        r, c = (int(torch.randint(room + 1, (), generator=generator)) for room in (height - t["height"], width - t["width"]))
-        if not t["positive"] or mask[r:r + t["height"], c:c + t["width"]].any(): return r, c
-    return None
+        r, c = (low + int(torch.randint(high - low + 1, (), generator=generator)) for low, high in ends)
+        if not keep or mask[r:r + height, c:c + width].any(): return r, c
+
+@patch
+def _shift(self: TileDataset, i, mask, place, generator):
+    "Where to cut the tile out of its margin; a tile with positives keeps some."
+    t = self.tiles[i]
+    ends = [(max(0, at - self.jitter), min(length - side, at + self.jitter)) for at, side, length in zip(place, (t["height"], t["width"]), mask.shape)]
+    return _draw_place(ends, t["height"], t["width"], mask, t["positive"], generator) or place
 
 @patch
 def owned(self: TileDataset,
@@ -131,6 +140,31 @@ def owned(self: TileDataset,
     own[t["skip_rows"]:t["height"], t["skip_cols"]:t["width"]] = True
     return own
 
+# %% ../../nbs/data/12_tiles.ipynb #2c1978fc
+@patch
+def _zoom(self: TileDataset, i, mask, place, generator):
+    "Window of a drawn scale, around the tile or within it: row, col, height and width; side to be padded to; and what the sample says of it."
+    t, n = self.tiles[i], len(self.scales)
+    s = self.scales[int(torch.randint(n, (), generator=generator)) if n > 1 else 0]
+    old, new = (t["height"], t["width"]), [max(1, round(s*t[k])) for k in ("height", "width")]
+    limits = [max(0, length - side) for length, side in zip(mask.shape, new)]
+    ends = [sorted(min(max(x, 0), limit) for x in (at, at + a - b)) for at, a, b, limit in zip(place, old, new, limits)]
+    found = _draw_place(ends, *new, mask, t["positive"], generator)
+    if found is None:  # a small window in a large tile: around one of its positives
+        spots = np.argwhere(mask[place[0]:place[0] + old[0], place[1]:place[1] + old[1]]) + place
+        spot = spots[int(torch.randint(len(spots), (), generator=generator))]
+        found = [int(np.clip(at - side//2, *end)) for at, side, end in zip(spot, new, ends)]
+    return (*found, *new), max(1, round(s*self.size)), dict(scale=float(s))
+
+def _resample(image, mask, valid, size):
+    "Image (c, h, w), mask and valid (h, w) on `size` pixels a side; what is not valid weighs nothing."
+    if mask.max() > 1: raise DataError("a mask of classes has no shares; `scales` are for masks of 0 and 1")
+    weight, sides = valid.float()[None, None], (size, size)
+    def mean(x, **how): return (interpolate(x*weight, sides, **how)/interpolate(weight, sides, **how).clamp(min=1e-6))[0]
+    known = interpolate(weight, sides, mode="area")[0, 0] >= .5
+    image = mean(image[None], mode="bilinear", antialias=True, align_corners=False)
+    return torch.where(known, image, 0), torch.where(known, mean(mask.float()[None, None], mode="area")[0], 0), known
+
 # %% ../../nbs/data/12_tiles.ipynb #0d67afa3
 @patch
 def __getitem__(self: TileDataset, i):
@@ -140,12 +174,14 @@ def __getitem__(self: TileDataset, i):
     state = np.random.SeedSequence((self.seed % 2**32, int(self._epoch), i)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     image, mask, valid, r, c = self._read(i)
-    if self.jitter: r, c = self._shift(i, mask, generator) or (r, c)
-    h, w = t["height"], t["width"]
-    pad = (0, self.size - w, 0, self.size - h)
-    image, mask, valid = (torch.nn.functional.pad(torch.from_numpy(a[..., r:r + h, c:c + w].copy()), pad) for a in (image, mask, valid))
+    h, w, side, more = t["height"], t["width"], self.size, {}
+    if self.jitter: r, c = self._shift(i, mask, (r, c), generator)
+    if self.scales != (1,): (r, c, h, w), side, more = self._zoom(i, mask, (r, c), generator)
+    image, mask, valid = (torch.from_numpy(a[..., r:r + h, c:c + w].copy()) for a in (image, mask, valid))
+    image, mask, valid = (pad(a, (0, side - a.shape[-1], 0, side - a.shape[-2])) for a in (image, mask, valid))
     if self.own: valid &= torch.from_numpy(self.owned(i))
-    sample = dict(image=image, mask=mask if mask.is_floating_point() else mask.long(), valid=valid, block=t["block"], id=t["id"])
+    if more: image, mask, valid = _resample(image, mask, valid, self.size)
+    sample = dict(image=image, mask=mask if mask.is_floating_point() else mask.long(), valid=valid, block=t["block"], id=t["id"], **more)
     return self.augment(sample, generator) if self.augment else sample
 
 # %% ../../nbs/data/12_tiles.ipynb #cfcce25d
