@@ -139,10 +139,11 @@ def test_killed_then_continued(ask, source, straight, tmp_path, kind, n, done):
     assert killed["status"] == -9
     assert names(tmp_path) == [".map.tif.draft"]
     assert not list(tmp_path.glob("*.tif"))
+    kept = len((tmp_path/".map.tif.draft"/"journal").read_text().split("\n")) - 2 # a first line with the key, an end
+    assert kept in ((done, done + (n % 3 == 2)) if kind == "fsync" # a line that was written but not yet flushed outlives the process, though not a power cut
+                    else (done - 1, done) if kind == "call" and done else (done,)) # a band is written while the next one is computed
     again = ask(src=source, dst=dst)
-    assert (again["status"], again["error"]) == (0, "")
-    journalled = done + (kind == "fsync" and n % 3 == 2) # the line was written but not yet flushed: a killed process keeps it, a power cut may not
-    assert again["calls"] in (ROWS*COLS - COLS*done, ROWS*COLS - COLS*journalled)
+    assert (again["status"], again["error"], again["calls"]) == (0, "", (ROWS - kept)*COLS)
     assert dst.read_bytes() == straight
     assert names(tmp_path) == ["map.tif"]
 
@@ -182,12 +183,12 @@ def test_killed_anywhere_many_times(ask, source, straight, tmp_path, seed):
         attempts, total = attempts + 1, total + answer["calls"]
         assert attempts < 100
     assert dst.read_bytes() == straight
-    assert total <= ROWS*COLS + attempts*COLS # what a killed attempt may have computed in vain
+    assert total <= ROWS*COLS + attempts*2*COLS # what a killed attempt may have computed in vain: one row of windows, and one on its way to the disk
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_is_no_writer(ask, source, straight, tmp_path):
     answer = ask(src=source, dst=tmp_path/"map.tif", halt=COLS + 1)
     assert answer["first"]["status"] == -9
     assert answer["rival"]["status"] == 1 and "is being written by process" in answer["rival"]["error"] and answer["rival"]["calls"] == 0
-    assert answer["heir"]["status"] == 0 and answer["heir"]["calls"] == (ROWS - 1)*COLS
+    assert answer["heir"]["status"] == 0 and answer["heir"]["calls"] in ((ROWS - 1)*COLS, ROWS*COLS) # the first band may have been on its way to the disk
     assert (tmp_path/"map.tif").read_bytes() == straight
