@@ -170,8 +170,9 @@ class Work:
         labels: str|None = None, # Polygons or masks
         aoi: str|None = None, # Where the absence of a polygon means negative
         say: Callable[[str], None] = print, # Where remarks go
+        on_epoch: Callable[[dict], None]|None = None, # Called with each row of the history, as in `fit`
     ):
-        self.config, self.folder, self.say, self.made = config, Path(folder), say, images is None
+        self.config, self.folder, self.say, self.made, self.on_epoch = config, Path(folder), say, images is None, on_epoch
         self.data = self.folder/"data"
         self.images = [str(p) for p in images] if images else [str(self.data/"images"/f"scene_{i}.tif") for i in range(config.world.scenes)]
         self.labels, self.aoi = labels if images else str(self.data/"labels.gpkg"), aoi
@@ -260,7 +261,7 @@ def train(self: Work):
     initialise_bias(network, prior_of(rows, ratio))
     loss = build_loss("focal", alpha=c.focal_alpha, gamma=c.focal_gamma) if c.loss == "focal" else build_loss("bce")
     keys = {k: getattr(c, k) for k in FitConfig.model_fields if k != "batch_size" and hasattr(c, k)}
-    result = fit(network, loss, train, data(split.tiles_of("val"), own=True), FitConfig(**keys, batch_size=size), sampler=sampler, out=self.folder, seed=c.random_seed,
+    result = fit(network, loss, train, data(split.tiles_of("val"), own=True), FitConfig(**keys, batch_size=size), sampler=sampler, out=self.folder, seed=c.random_seed, on_epoch=self.on_epoch,
                  val_metrics=partial(validation_metrics, config=c), key=dict(tiles=content_hash(rows.to_dict("records")), scale=scale.to_dict(), network=arguments, **{k: getattr(c, k) for k in ("loss", "focal_alpha", "focal_gamma", "augment")}))
     self.say(f"  {result.stopped}; best {c.early_stopping_metric} {result.best_metric:.3f} in epoch {result.best_epoch}")
     model = save_model(self.folder, network, builder="segmenter", arguments=arguments, scale=scale, tile_size=self.tile_size)
@@ -409,13 +410,14 @@ def run(
     force: bool = False, # Make everything anew
     until: str|None = None, # Last stage to run; `None` runs all
     say: Callable[[str], None] = print, # Where announcements go
+    on_epoch: Callable[[dict], None]|None = None, # Called with each row of the history; what it raises ends the training
 ) -> Run: # The finished run; with `until` what there is of it
     "From images and labels to a map and a report."
     values = merge_config(PROFILES, profile, config, [*settings, *([] if seed is None else [f"random_seed={seed}"])])
     if (images is None) != (labels is None): raise ConfigError("images and labels belong together; give both, or neither for the made world")
     files = None if images is None else [str(p.resolve()) for p in find_images(images)]
     where = [None if p is None else str(Path(p).resolve()) if Path(p).exists() else str(p) for p in (labels, aoi)]
-    return _go(ThawSlumpConfig.parse(values), Path(out), dict(images=files, labels=where[0], aoi=where[1]), profile, force, until, say)
+    return _go(ThawSlumpConfig.parse(values), Path(out), dict(images=files, labels=where[0], aoi=where[1]), profile, force, until, say, on_epoch)
 
 @delegates(resume_run)
 def resume(
@@ -425,9 +427,9 @@ def resume(
     "Continue a run with what its folder says."
     return resume_run(folder, NAME, ThawSlumpConfig, _go, **kwargs)
 
-def _go(config, folder, data, profile, force, until, say):
+def _go(config, folder, data, profile, force, until, say, on_epoch=None):
     open_folder(folder, NAME)
-    work = Work(config, folder, **data, say=say)
+    work = Work(config, folder, **data, say=say, on_epoch=on_epoch)
     work.check()
     vectors = [] if work.made else [*find_images(data["labels"])] if Path(data["labels"]).is_dir() else [Path(p) for p in (data["labels"], data["aoi"]) if p and Path(p).is_file()]
     inputs = None if work.made else fingerprint([*work.images, *vectors])
