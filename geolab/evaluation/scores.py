@@ -179,6 +179,23 @@ def update(self: ScoreHistogram,
     for name, position, amount in found: np.add.at(getattr(self, name).reshape(-1), position, amount)  # a refused batch leaves no trace
     return self
 
+# %% ../../nbs/evaluation/40_scores.ipynb #34069ada
+@patch
+def _repr_html_(self: ScoreHistogram):
+    n, tiles, pooled = self.counts.sum((0, 2)), self.tiles.sum(0), self.counts.sum(0)
+    used = np.flatnonzero(pooled.any(0))
+    first, last = (used[0], used[-1] + 1) if len(used) else (0, 1)
+    starts = np.unique(np.linspace(first, last, 65)[:-1].astype(int))
+    bars, side = np.add.reduceat(pooled[:, first:last], starts - first, axis=1), 192/len(starts)
+    def drawn(row, colour):
+        marks = "".join(f"<rect x='{k*side:.1f}' y='{22*(1 - x/max(row)):.1f}' width='{side:.1f}' height='{22*x/max(row):.1f}' fill='{colour}'/>" for k, x in enumerate(row) if x)
+        return f"<svg width='192' height='22' role='img' aria-label='histogram of logits'>{marks}</svg>"
+    low, high = (self.edges[np.clip(k, 0, len(self.edges) - 1)] for k in (first - 1, last - 1))
+    rows = zip(("positives", "negatives in tiles with positives", "negatives in empty tiles"), n, (tiles[0], tiles[0], tiles[1]), bars, ("#D55E00", "#0072B2", "#56B4E9"))
+    body = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{count:,}</td><td>{seen:,}</td><td style='text-align:left'>{drawn(row, colour)}</td></tr>" for name, count, seen, row, colour in rows)
+    return (f"<table><thead><tr><th style='text-align:left'>{len(self.blocks)} blocks</th><th>pixels</th><th>tiles</th><th style='text-align:left'>logits from {low:.3g} to {high:.3g}</th></tr></thead>"
+            f"<tbody>{body}</tbody></table>")
+
 # %% ../../nbs/evaluation/40_scores.ipynb #9c846df2
 @patch
 def _like(self: ScoreHistogram, blocks):
