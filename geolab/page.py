@@ -286,7 +286,7 @@ figcaption{font-size:.875rem;color:var(--soft);margin-top:.5rem;max-width:44rem;
 .grid{grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}.fill img{width:100%}
 pre{background:#f4f6f8;padding:.8rem 1rem;overflow-x:auto;font-size:.875rem;line-height:1.5}
 code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
-.dials{display:grid;gap:.6rem 1.6rem;margin:0 0 1rem;align-items:end;grid-template-columns:repeat(auto-fit,minmax(min(100%,15.5rem),1fr))}
+.dials{display:grid;gap:.6rem 1.6rem;margin:0 0 1rem;align-items:end;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 .dials label{display:grid;grid-template-columns:1fr auto;gap:.1rem 1rem;font-size:.875rem}.dials input{grid-column:1/-1;width:100%;accent-color:var(--link);height:1.6rem;margin:0}
 .dials span{color:var(--soft)}.dials output{grid-area:1/2;font-variant-numeric:tabular-nums}
 .dials button{font:inherit;font-size:.875rem;padding:.35rem .8rem;border:1px solid var(--soft);border-radius:4px;background:#fff;color:var(--ink);justify-self:start;cursor:pointer}
@@ -404,7 +404,7 @@ for (const box of document.querySelectorAll(".explore")) {
     const odd = w < 0
     $(".says").textContent = odd ? `The tiles that hold positives alone have more negatives than 1 : ${whole(r)}; choose a rarer event.` :
       `Precision ${part(here.precision)}, recall ${part(here.recall)}, IoU ${part(here.iou)}. Of 1\u202f000 positive ${d.unit}, ${whole(1000*here.recall)} are found and ${whole(1000 - 1000*here.recall)} missed; ` +
-      `beside them ${whole(1000*(here.close + here.far)/d.totals[0])} are flagged falsely, ${whole(1000*here.close/d.totals[0])} of them in tiles that hold positives.`
+      `beside them ${whole(1000*(here.close + here.far)/d.totals[0])} are flagged falsely${d.totals[1] ? `, ${whole(1000*here.close/d.totals[0])} of them in tiles that hold positives` : ""}.`
     frame($(".curve"), `Precision ${part(here.precision)} at recall ${part(here.recall)}, ${name}.`, "recall", [[0, "0"], [.5, "0.5"], [1, "1"]])
     $(".curve").append(element("path", {d: line(d.logit.map((_, k) => at(k, w)).map(p => [p.recall, p.precision])), class: "line"}))
     if (here.precision != null) $(".curve").append(element("circle", {cx: X(here.recall), cy: Y(here.precision), r: 5, class: "dot"}))

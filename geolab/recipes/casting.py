@@ -37,7 +37,7 @@ from ..nn.sequence_nets import LSTMConfig, SteelDefectLSTM
 from ..page import Html, absent, figure, pick, table as html_table, tag
 from .flood import part_attention, part_periods, part_rivals, part_series_data, part_series_result, part_series_thresholds, write_series_card
 from .pipeline import Stage, calibrate_scores, calibration_part, check_space, fingerprint, merge_config, open_folder, resume_run, start_run, write_thresholds
-from ..report import RunFiles, build_report, part_calibration, part_certificate, part_files, part_training
+from ..report import RunFiles, build_report, part_calibration, part_certificate, part_explore, part_files, part_training
 from ..training.estimators import SteelDefectModel, as_series
 from ..training.runs import Run
 from ..training.series_baselines import SeriesScores, block_replicates
@@ -412,7 +412,7 @@ def part_use(run: RunFiles) -> list[Html]:
 
 USE = 'from geolab.recipes.casting import load_detector\nload_detector("{}").predict_proba([readings])'
 SECTIONS = (("result", "Result", part_series_result), ("rivals", "The network and its rivals", part_rivals), ("data", "Casts and labels", part_series_data), ("split", "Parts", part_periods), ("training", "Training", part_training),
-    ("thresholds", "Thresholds", part_series_thresholds), ("certificate", "Certificate", part_certificate), ("calibration", "Calibration", partial(part_calibration, unit="casts")), ("explained", "Where it looked, and where the cause was", part_explained),
+    ("thresholds", "Thresholds", part_series_thresholds), ("explore", "Try other thresholds", partial(part_explore, unit="casts")), ("certificate", "Certificate", part_certificate), ("calibration", "Calibration", partial(part_calibration, unit="casts")), ("explained", "Where it looked, and where the cause was", part_explained),
     ("attention", "Is the attention honest?", part_attention), ("targets", "Targets", part_targets), ("files", "Files", part_files), ("use", "How to use it", part_use))
 
 @patch

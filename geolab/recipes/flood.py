@@ -32,7 +32,7 @@ from ..evaluation.scores import ScoreHistogram, load_scores, save_scores
 from ..nn.attention import plot_deletion
 from ..page import Html, Missing, absent, facts, figure, percent, pick, show, table, tag
 from .pipeline import OBSERVED, Stage, calibrate_scores, calibration_part, check_space, fingerprint, merge_config, open_folder, resume_run, start_run, write_thresholds
-from ..report import RunFiles, build_report, part_calibration, part_files, part_training
+from ..report import RunFiles, build_report, part_calibration, part_explore, part_files, part_training
 from ..training.estimators import ConvLSTMFloodModel, SeriesTraining
 from ..training.runs import Run
 from ..training.series_baselines import SeriesScores, arima, boosting, climatology, compare, logistic, lstm_attention, persistence
@@ -396,7 +396,8 @@ def part_series_use(run: RunFiles) -> list[Html]:
 
 # %% ../../nbs/recipes/72_flood.ipynb #f80e13f4
 SERIES_SECTIONS = (("result", "Result", part_series_result), ("data", "Data", part_series_data), ("split", "Split", part_periods), ("training", "Training", part_training), ("rivals", "The network beside simpler methods", part_rivals),
-    ("thresholds", "Threshold and certificate", part_series_thresholds), ("calibration", "Calibration", partial(part_calibration, unit="windows")), ("attention", "Attention", part_attention))
+    ("thresholds", "Threshold and certificate", part_series_thresholds), ("explore", "Try other thresholds", partial(part_explore, unit="windows")),
+    ("calibration", "Calibration", partial(part_calibration, unit="windows")), ("attention", "Attention", part_attention))
 
 def write_series_card(
     run: Run, # May be unfinished
