@@ -24,7 +24,7 @@ from .evaluation.scores import load_scores
 from .evaluation.thresholds import plan_calibration, plot_prevalence, plot_trade_off, precision_over_prevalence
 from .page import Html, Missing, absent, facts, figure, html_page, percent, pick, picture, show, table, tag
 from .page import EXPLORER, bright_end, encode, explorer, plot_columns, plot_map, read_overview, sample_panels
-from .training.fit import plot_history
+from .training.epochs import plot_history
 
 # %% ../nbs/69_report.ipynb #2dad4783
 class RunFiles:
