@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
 
 from .core import DataError, Ratio, RunError, atomic_file, read_json, to_json
 from .evaluation.metrics import stratum_weight
@@ -41,9 +42,12 @@ def read_scored(
     hist = run.scores.get("test")
     if not isinstance(hist, ScoreHistogram): raise RunError(f"{folder} has no logits of a binary class on a test part; a run of {run.recipe} cannot be compared so")
     rows = [row for path in [*run.path.glob("history.json"), *run.path.glob("members/*/history.json")] for row in read_json(path)]
-    described = [p for p in (run.path/"model.json", *run.path.glob("members/*/model.json")) if p.exists()]
-    parameters = sum(read_json(p).get("parameters") or 0 for p in described)
-    return Scored(hist, run.threshold.logit, sum(row.get("seconds", 0.) for row in rows), parameters or None)
+    weights = [p for pattern in ("model.safetensors", "model/model.safetensors", "members/*/model.safetensors") for p in run.path.glob(pattern)]
+    return Scored(hist, run.threshold.logit, sum(row.get("seconds", 0.) for row in rows), sum(map(_numbers_in, weights)) or None)
+
+def _numbers_in(path):
+    "How many numbers a file of weights holds; statistics of normalisation count too."
+    with safe_open(path, "np") as file: return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
 
 # %% ../nbs/80_compare.ipynb #01c8affc
 METRICS = dict(average_precision="average precision", recall_at_precision="recall at precision", iou="IoU")

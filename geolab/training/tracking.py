@@ -289,7 +289,7 @@ class RunTracker:
         folder: Path|str, # The run folder; it may be yet to come
         uri: str|Path = DEFAULT, # As in `store_uri`
         *,
-        experiment: str|None = None, # Its name; `None`: MLFLOW_EXPERIMENT_NAME, else the recipe
+        experiment: str|None = None, # Its name; `None`: that of the parent, MLFLOW_EXPERIMENT_NAME, or the recipe
         name: str|None = None, # Of the run; `None`: name of the folder
         parent: str|None = None, # Id of the MLflow run that this one is nested in
         anew: bool = False, # Begin another MLflow run, for a training that is made anew
@@ -351,7 +351,7 @@ def _open(self: RunTracker, about):
         except MlflowException: found = None  # another store by this name
         if found is not None and found.info.lifecycle_stage == "active": self.run_id, self.files = kept["run_id"], kept["files"]
     if self.run_id is None:
-        experiment = _experiment(self.client, self.uri, self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or about["recipe"])
+        experiment = self.client.get_run(self.parent).info.experiment_id if self.parent else _experiment(self.client, self.uri, self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or about["recipe"])
         tags = {"recipe": about["recipe"], "profile": about["profile"], "geolab": about["geolab"]} | ({"mlflow.parentRunId": self.parent} if self.parent else {})
         self.run_id = self.client.create_run(experiment, run_name=self.name, tags=tags).info.run_id
     self.anew = False
