@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_shape
 from .attention import CrossModalAttention
-from .segmentation import Segmenter, _lone, _mirrored, build_segmenter
+from .segmentation import Segmenter, build_segmenter
 
 # %% ../../nbs/nn/35_fusion.ipynb #bb31906f
 def _of_present(encoder, image, here):
@@ -95,12 +95,17 @@ class FusionSegmenter(Segmenter):
         present: Bool[Tensor, "b m"]|Sequence[str]|None = None, # Modalities that each sample has, or names of those that all have; `None`: all
     ) -> Float[Tensor, "b k h w"]: # Logits
         "Logits of a batch of images."
-        h, w = self._checked(image)
+        self._checked(image)
         if present is not None: present = _check_present(present, list(self.arguments["modalities"]), len(image), image.device)
-        used, image = self._drawn(present, image), _mirrored(image, *self.padded(h, w))
-        with _lone(self.arguments["architecture"], image.shape):
-            if self.arguments["mode"] == "early": return self.network(self._blanked(image, used))[..., :h, :w]
-            return self.network.segmentation_head(self.network.decoder(self.network.encoder(image, present, used)))[..., :h, :w]
+        used = self._drawn(present, image)
+        if self.arguments["mode"] == "early": return self._on_mirrored(self._blanked(image, used), self.network)
+        return self._on_mirrored(image, lambda x: self.network.segmentation_head(self.network.decoder(self.network.encoder(x, present, used))))
+
+    def _encoders(self):
+        "Encoders by the name of their module, each with its number of bands; in late fusion one per modality."
+        if self.arguments["mode"] == "early": return super()._encoders()
+        joined = self.network.encoder
+        return {f"network.encoder.encoders.{i}": pair for i, pair in enumerate(zip(joined.encoders, joined.bands))}
 
     def _drawn(self, present, image):
         "Modalities that count: those present, less what training leaves out; a sample that would lose all keeps all."
@@ -123,7 +128,7 @@ def _levels_read(plain):
     network.eval()
     with torch.no_grad(): levels = network.encoder(torch.zeros(1, plain.arguments["in_channels"], plain.minimum, plain.minimum))
     levels = [x.requires_grad_() for x in levels]
-    with torch.enable_grad(): gradients = torch.autograd.grad(network.decoder(levels).sum(), levels, allow_unused=True)
+    with torch.enable_grad(): gradients = torch.autograd.grad(network.segmentation_head(network.decoder(levels)).sum(), levels, allow_unused=True)
     network.train(training)
     return [i for i, (x, gradient) in enumerate(zip(levels, gradients)) if i and x.shape[1] and gradient is not None]
 
