@@ -17,9 +17,10 @@ import shapely
 from jaxtyping import Bool
 
 from ..core import ConfigError, DataError
-from ..data.raster import read_info, read_window
+from ..data.raster import read_info
 from ..evaluation.calibration import Calibrator
 from ..evaluation.thresholds import Threshold, check_gate
+from .drafts import read_values
 
 # %% ../../nbs/inference/67_gate.ipynb #f8e22abc
 def block_background(
@@ -38,7 +39,7 @@ def block_background(
     rows, cols = (np.rint(np.linspace(0, n, 1 + max(1, round(n/block_size)))).astype(int) for n in (info.height, info.width))
     found, t = [], info.transform
     for i, (top, bottom) in enumerate(zip(rows, rows[1:])):
-        (values,), valid = read_window(info, top, 0, bottom - top, info.width)
+        (values,), valid = read_values(info, top, 0, bottom - top, info.width)
         over = valid & (values >= np.float32(level))
         for j, (left, right) in enumerate(zip(cols, cols[1:])):
             if n := int(valid[:, left:right].sum()):

@@ -26,7 +26,7 @@ from ..data.raster import BandScale, RasterInfo, read_info, read_labels
 from ..evaluation.calibration import Calibrator
 from ..evaluation.thresholds import Threshold
 from .drafts import Layer, Legend, MapDraft, check_legend_values, kind_of
-from .rows import RowScores, WindowSource, plan_windows, score_row
+from .rows import RowScores, WindowSource, plan_windows, receptive_field, score_row
 
 # %% ../../nbs/inference/60_windows.ipynb #d95ca19a
 def _aoi_on(aoi, info):
@@ -47,7 +47,13 @@ def _check_destination(info, dst, nbytes, overwrite):
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
 
 # %% ../../nbs/inference/60_windows.ipynb #3335b7df
-def _draw_band(draft, layers, logits, wanted, carry, row):
+def _tell(watch, row, kind, numbers, logits):
+    "Tell all who watch of a finished band."
+    if not watch: return
+    values = kind.restore(numbers).reshape(len(numbers), len(kind.names), -1)
+    for w in watch: w.band(row, values, logits)
+
+def _draw_band(draft, layers, watch, logits, wanted, carry, row):
     "What the layers show of finished rows, on disk."
     n, k, width = logits.shape
     bands = [np.full((n, len(kind.names), width), kind.nodata, kind.dtype) for _, kind in layers]
@@ -59,7 +65,9 @@ def _draw_band(draft, layers, logits, wanted, carry, row):
             with torch.inference_mode(): made = np.asarray(layer.transform(z[0] if k == 1 else z))
             if layer.legend is not None: check_legend_values(made, layer.legend, row)
             for i, values in enumerate(np.atleast_2d(made)): band[top:top + 64, i][here] = kind.store(values)
-    draft.write(bands, carry)
+    kept = [np.where(wanted[:, None], logits, np.float32(np.nan))] if any(w.logits for w in watch) else []
+    draft.write([*bands, *kept], carry)
+    _tell(watch, row, layers[0][1], bands[0], kept[0] if kept else None)
 
 def draw_map(
     rows: Callable[[Sequence[int]], Iterable[RowScores]], # From numbers of rows of windows to what each of them gives, in this order, as `score_row` does
@@ -68,26 +76,32 @@ def draw_map(
     *,
     key: Any = None, # Plain value that names what the logits and layers depend on besides `source`; a draft is continued under the same key only, and never under `None`
     overwrite: bool = False, # Replace existing files
+    watch: Sequence = (), # Told `band(row, values, logits)` of every finished band, top down (values of the first layer (h, bands, w), logits (h, k, w) if its `logits` says so, NaN where there is no map), and `finish()` before the map takes its name
 ) -> Path: # Path of the first layer
     "Draw a map from its rows of windows; a broken-off call is continued by the next one."
     info, plan, kinds = source.info, source.plan, [kind_of(layer, source.channels) for layer in layers]
     stamp, layers = source.stamp(), [(layer, kind) for layer, kind in zip(layers, kinds)]
     key = content_hash(dict(key=uuid.uuid4().hex if key is None else key, source=stamp, bands=source.bands, scale=source.scale and source.scale.to_dict(), plan=[plan.hash, source.batch_size], channels=source.channels,
-        aoi=None if source.aoi is None else hashlib.sha256(b"".join(source.aoi.geometry.to_wkb())).hexdigest(), made_by=[__version__, torch.__version__],
+        aoi=None if source.aoi is None else hashlib.sha256(b"".join(source.aoi.geometry.to_wkb())).hexdigest(), made_by=[__version__, torch.__version__], logits=any(w.logits for w in watch),
         layers=[[str(layer.path), *map(str, kind), dict(layer.tags), layer.legend and [[int(v), *entry] for v, entry in layer.legend.items()]] for layer, kind in layers]))
     nbytes = [info.height*info.width*len(kind.names)*kind.dtype.itemsize for kind in kinds]
     dst = Path(layers[0][0].path)
-    for (layer, _), size in zip(layers, [sum(nbytes), *nbytes[1:]]): _check_destination(info, Path(layer.path), size, overwrite)
+    named = MapDraft(dst, key).journal()[-1:] == [info.height] # a call that was broken off while the files took their names
+    for i, ((layer, _), size) in enumerate(zip(layers, [sum(nbytes), *nbytes[1:]])): _check_destination(info, Path(layer.path), size, overwrite or (i > 0 and named))
     with MapDraft(dst, key) as draft, rasterio.Env(GDAL_CACHEMAX=64 << 20, GDAL_PAM_ENABLED=True), ThreadPoolExecutor(1) as writer:
         carry, missing, written = draft.carry(source.channels, info.width), range(len(draft.ends), len(plan.rows)), None
+        for i in range(len(draft.ends) if watch else 0): # what was finished by an earlier call
+            kept = draft.read(len(layers), i, np.float32, source.channels, info.width) if any(w.logits for w in watch) else None
+            _tell(watch, plan.rows[i], kinds[0], draft.read(0, i, kinds[0].dtype, len(kinds[0].names), info.width), kept)
         for k, (logits, wanted) in zip(missing, rows(missing)):
             n = plan.band(k)
             logits[:len(carry)] += carry
             if written: written.result()
             carry = logits[n:]
-            written = writer.submit(_draw_band, draft, layers, logits[:n], wanted[:n], carry, plan.rows[k])
+            written = writer.submit(_draw_band, draft, layers, watch, logits[:n], wanted[:n], carry, plan.rows[k])
         if written: written.result()
         if source.stamp() != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
+        for w in watch: w.finish()
         draft.finish(info, layers)
     return dst
 
@@ -114,25 +128,29 @@ def predict_windows(
     read: Callable|None = None, # Reads instead of the raster, which then gives the grid alone: from row, col, height and width to channels (c, h, w) for `score` and valid (h, w)
     tile: int = 512, # Side of a window, in pixels
     overlap: float = .25, # Share of a window that its neighbour covers too, 0 to 0.75
-    halo: int|None = None, # Crop this many pixels instead of blending: exact if the network sees no further
+    halo: int|None = None, # Crop this many pixels instead of blending: exact if `receptive_field` finds no larger radius
+    multiple: int = 1, # Windows begin at multiples of this: the step that `receptive_field` finds
     batch_size: int = 1, # Windows per call of `score`
     channels: int = 1, # Channels of the logits; each is blended by itself
     transform_logits: Callable[[Float[np.ndarray, "..."]], np.ndarray]|None = None, # From logits (n,), or (k, n) of several channels, to what is written: (n,) for one band, else (bands, n); whole numbers and booleans give an integer map
     name: str|Sequence[str] = "logit", # Name of the band, or one for each band
+    dtype: Literal["float32", "float16", "uint8", "uint16"]|None = None, # What floating point numbers are stored as; whole numbers count steps between the `limits` of a `Layer`, 0 and 1
     legend: Legend|None = None, # Name and colour of each value that a class map may hold (one band, uint8 or uint16)
+    also: Sequence[Layer] = (), # More files to write in the same pass
     aoi: gpd.GeoDataFrame|Path|str|None = None, # Polygons, or a file of them; outside there is no map
     key: Any = None, # Plain value that names `score`, `read` and `transform_logits`; a draft is continued under the same key only, and never under `None`
     tags: dict|None = None, # Text stored with the map
     overwrite: bool = False, # Replace an existing `dst`
     progress: bool = True, # Show a bar with the time left
+    watch: Sequence = (), # As for `draw_map`
 ) -> Path: # `dst`: NaN (float) or the largest number (integer) where the raster is not valid
     "Map a raster window by window; a broken-off call is continued by the next one."
     if read is not None and scale is not None: raise ConfigError("`scale` belongs to the raster; with `read`, scale what it returns")
     info = raster if isinstance(raster, RasterInfo) else read_info(raster)
     bands = info.bands if scale is None else scale.check(info)
-    source = WindowSource(info, plan_windows(info.height, info.width, tile, overlap=overlap, halo=halo), bands, scale, read, None if aoi is None else _aoi_on(aoi, info), batch_size, channels)
-    layer = Layer(Path(dst), transform_logits or np.asarray, name, legend=legend, tags=tags or {})
-    return draw_map(score_rows(score, source, progress), source, [layer], key=key, overwrite=overwrite)
+    source = WindowSource(info, plan_windows(info.height, info.width, tile, overlap=overlap, halo=halo, multiple=multiple), bands, scale, read, None if aoi is None else _aoi_on(aoi, info), batch_size, channels)
+    layer = Layer(Path(dst), transform_logits or np.asarray, name, dtype, legend=legend, tags=tags or {})
+    return draw_map(score_rows(score, source, progress), source, [layer, *also], key=key, overwrite=overwrite, watch=watch)
 
 
 # %% ../../nbs/inference/60_windows.ipynb #b4e1a57c
@@ -169,6 +187,14 @@ def _weights_hash(network):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+def _step(run, tile, halo, device):
+    "The grid of a network that sees no further than the halo."
+    if not 0 <= 2*halo < tile: return 1 # refused by `plan_windows`
+    with ready_score(run.model, device) as score: field = receptive_field(score, len(run.scale.bands), tile + 32 - tile % 32, at_most=halo)
+    if field.radius is not None and field.radius <= halo: return field.step
+    far = "as far as a window reaches, or without an end" if field.radius is None else f"{field.radius} pixels or more"
+    raise ConfigError(f"a halo of {halo} pixels is too small: the network sees {far}; give a larger halo and tile, or leave `halo` out, and windows are blended")
 
 def _logit_of(run, threshold):
     "The logit from which on a pixel is positive."
@@ -216,8 +242,9 @@ def plan_raster(
     tags = dict(GEOLAB_VERSION=__version__, GEOLAB_SOURCE=Path(src).name, GEOLAB_WEIGHTS=_weights_hash(run.model))
     layers = [_layer(run, Path(dst), output, threshold, dtype, tags)] + ([] if classes is None else [_layer(run, Path(classes), "class", threshold, None, tags)])
     info, device = read_info(src), _device(device)
-    plan = plan_windows(info.height, info.width, tile or run.tile_size, overlap=overlap, halo=halo)
-    source = WindowSource(info, plan, run.scale.check(info), run.scale, None, None if aoi is None else _aoi_on(aoi, info), batch_size or (1 if device.type == "cpu" else 8))
+    bands, tile = run.scale.check(info), tile or run.tile_size
+    plan = plan_windows(info.height, info.width, tile, overlap=overlap, halo=halo, multiple=1 if halo is None else _step(run, tile, halo, device))
+    source = WindowSource(info, plan, bands, run.scale, None, None if aoi is None else _aoi_on(aoi, info), batch_size or (1 if device.type == "cpu" else 8))
     return source, layers, [tags, device.type]
 
 def predict_raster(
@@ -230,17 +257,18 @@ def predict_raster(
     dtype: Literal["float32", "float16", "uint8", "uint16"] = "float32", # Of probabilities, or logits (whole numbers: from -20 to 20); NaN, or the largest whole number, is no map
     tile: int|None = None, # Side of a window, in pixels; `None` for that of the training tiles
     overlap: float = .25, # Share of a window that its neighbour covers too, 0 to 0.75
-    halo: int|None = None, # Crop this many pixels instead of blending: exact if the network sees no further
+    halo: int|None = None, # Crop this many pixels instead of blending: exact, and refused if the network sees further
     batch_size: int|None = None, # Windows per call of the network; `None` for 1 on a CPU, where large tensors cost time, and 8 on a GPU
     device: str = "auto", # "auto" takes CUDA where there is one
     threshold: Threshold|float|str|None = None, # For classes: a logit, a `Threshold`, or the ratio of one of the run's, such as "1:500"; `None` for the run's own
     aoi: gpd.GeoDataFrame|Path|str|None = None, # Polygons; outside there is no map
     overwrite: bool = False, # Replace existing files
     progress: bool = True, # Show a bar with the time left
+    watch: Sequence = (), # As for `draw_map`, e.g. a `PolygonWatch`
 ) -> Path: # `dst`
     "Map a raster with a trained run; a broken-off call is continued by the next one."
     if isinstance(run, (str, Path)):
         from geolab.training.runs import Run
         run = Run.load(run)
     source, layers, key = plan_raster(run, src, dst, output=output, classes=classes, dtype=dtype, tile=tile, overlap=overlap, halo=halo, batch_size=batch_size, device=device, threshold=threshold, aoi=aoi)
-    with ready_score(run.model, device) as score: return draw_map(score_rows(score, source, progress), source, layers, key=key, overwrite=overwrite)
+    with ready_score(run.model, device) as score: return draw_map(score_rows(score, source, progress), source, layers, key=key, overwrite=overwrite, watch=watch)
