@@ -212,7 +212,7 @@ def plot_history(
         for name, color, dots in zip(shown, ("#009E73", "#CC79A7"), (":", "-.")): line(right, name, color=color, linestyle=dots)
         right.set(ylabel=shown[0] if len(shown) == 1 else "metric")
         lines += right.get_lines()
-    if best_epoch: ax.axvline(best_epoch, color="0.6", linewidth=1)
+    if best_epoch: ax.axvline(best_epoch, color="0.6" if other is None else "#009E73", linewidth=1)
     if other is not None and (best := best_epoch_of(history, other)) not in (None, best_epoch): ax.axvline(best, color="#CC79A7", linewidth=1)
     ax.legend(lines, [x.get_label() for x in lines], fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1))
     return ax
