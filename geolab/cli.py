@@ -111,28 +111,43 @@ def report(folder: RunFolder, settings: Settings = None):
     _resume(folder, "report", settings)
 
 # %% ../nbs/90_cli.ipynb #e50f9f33
+def _predict_many(run, images, folder, cluster, polygons, **kwargs):
+    "Map many images and say what became of each; the exit code is 1 if one failed."
+    from geolab.inference.cluster import predict_images
+    if polygons: raise ConfigError("--polygons belongs to one image with a GeoTIFF as the target")
+    table = predict_images(run, images, folder, cluster, **kwargs)
+    failed = table[table.state == "failed"]
+    for row in failed.itertuples(): print(f"geolab: {row.id}: {row.error}", file=sys.stderr)
+    print(f"{len(table)} images: {', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())}; maps and their record maps.jsonl are in {folder}")
+    if len(failed): raise typer.Exit(1)
+
 @app.command()
 def predict(folder: RunFolder,
-            source: Annotated[Path, typer.Argument(help="Image to map: same bands, scale and resolution as in training.")],
-            target: Annotated[Path, typer.Argument(help="GeoTIFF to write; for landslide a folder, as it writes several maps.")],
+            source: Annotated[Path, typer.Argument(help="Image to map: same bands, scale and resolution as in training. Of many: a folder, a quoted glob, or a table with id and href.")],
+            target: Annotated[Path, typer.Argument(help="GeoTIFF to write; for many images, and for landslide, which writes several maps, a folder.")],
             auxiliary: Auxiliary = None,
             without: Annotated[list[str], typer.Option(help="Modality that is missing here, of a run with fusion, such as radar; may be repeated. The map then has no certificate.")] = None,
             output: Annotated[str, typer.Option(help="probability, logit or class.")] = "probability",
             polygons: Annotated[bool, typer.Option("--polygons", help="Also write polygons beside it, as GeoParquet and GeoJSON.")] = False,
+            cluster: Annotated[str, typer.Option(help="Dask workers to map with: local, local:4, the address of a scheduler, or the file that it wrote. Needs geolab[cluster].")] = None,
             overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False):
     "Map an image with a finished run, and say where its certificate holds. A killed prediction continues where it stopped."
     from dataclasses import replace
     from geolab.evaluation.calibration import Calibrator
+    from geolab.inference.cluster import predict_cluster
     from geolab.inference.gate import gate_maps
     from geolab.recipes.new_images import predict_image
     from geolab.recipes.pipeline import outline_maps
     from geolab.training.runs import Run
     finished = Run.load(folder)
     if hasattr(module := recipe_module(finished.recipe), "predict"):  # several maps of an image
-        if polygons or output != "probability" or target.suffix or auxiliary or without: raise ConfigError(f"a run of {finished.recipe} writes several maps: give a folder as the target, without --output, --polygons, --auxiliary and --without")
+        if polygons or output != "probability" or target.suffix or auxiliary or without or cluster: raise ConfigError(f"a run of {finished.recipe} writes several maps: give a folder as the target, without --output, --polygons, --auxiliary, --without and --cluster")
         return print(*module.predict(folder, source, target, overwrite=overwrite), sep="\n")
     if polygons and output != "probability": raise ConfigError(f"--polygons needs --output probability, got {output}")
-    print(predict_image(finished, source, target, auxiliary=auxiliary, without=without or (), output=output, overwrite=overwrite))
+    if (cluster or not target.suffix) and (auxiliary or without): raise ConfigError("--cluster, and many images at once, are for images with all bands in one file: without --auxiliary and --without")
+    if not target.suffix: return _predict_many(finished, source, target, cluster, output=output, polygons=polygons, overwrite=overwrite)
+    if cluster: print(predict_cluster(finished, source, target, cluster, output=output, overwrite=overwrite))
+    else: print(predict_image(finished, source, target, auxiliary=auxiliary, without=without or (), output=output, overwrite=overwrite))
     t, calibrator, gate = finished.threshold, finished.calibrator or Calibrator(), None
     if without: t = replace(t, certified=False, gate=None)
     if polygons:
@@ -175,7 +190,8 @@ def check(folder: RunFolder,
           json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
           baseline: Annotated[Path, typer.Option(help="Configuration file that the run was started with, to be found in a commit; default: config.yaml of the run.")] = None):
     "Go through the training checklist, with the evidence for each line. The exit code is 1 if a line failed."
-    from geolab.check import as_text, check_run
+    from geolab.check import check_run
+    from geolab.checklist import as_text
     from geolab.core import to_json
     found = check_run(folder, baseline=baseline)
     print(to_json(found.to_dict()) if json else as_text(found))
