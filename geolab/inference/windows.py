@@ -6,7 +6,7 @@
 __all__ = ['draw_map', 'score_rows', 'predict_windows', 'ready_score', 'plan_raster', 'predict_raster']
 
 # %% ../../nbs/inference/60_windows.ipynb #ef100afe
-import hashlib, math, shutil, uuid
+import hashlib, math, os, shutil, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ import geopandas as gpd
 import numpy as np
 import rasterio
 import shapely
+import shapely.affinity
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,27 +32,36 @@ from .rows import RowScores, WindowSource, plan_windows, receptive_field, score_
 # %% ../../nbs/inference/60_windows.ipynb #d95ca19a
 def _aoi_on(aoi, info):
     "Polygons in the CRS of the raster, if they meet it."
-    aoi = read_labels(aoi).to_crs(info.crs)
+    aoi, (left, _, right, _) = read_labels(aoi), info.bounds
+    if aoi.crs.is_geographic and not info.crs.is_geographic: # a side along a parallel is no straight line there, least of all around a pole
+        aoi = aoi.set_geometry(shapely.make_valid(shapely.segmentize(aoi.geometry.to_numpy(), .05)))
+    aoi = aoi.to_crs(info.crs)
+    aoi = aoi.set_geometry(aoi.make_valid())
+    if info.crs.is_geographic and (right > 180 or left < -180): # a raster across the date line counts on beyond 180 degrees
+        aoi = gpd.GeoDataFrame(geometry=[shapely.affinity.translate(g, turn) for turn in (0, 360, -360) for g in aoi.geometry], crs=aoi.crs)
     if not aoi.intersects(shapely.box(*info.bounds)).any(): raise DataError(f"the area of interest does not meet {info.path}; check its CRS")
     return aoi
 
 def _check_destination(info, dst, nbytes, overwrite):
     "Refuse what would fail, or destroy something, after hours of work."
     if dst.suffix.lower() not in (".tif", ".tiff"): raise ConfigError(f"a map is a GeoTIFF, so its name ends in .tif, got {dst.name}")
-    if dst.exists() and dst.samefile(info.path): raise ConfigError(f"{dst} is both source and destination; choose another name for the map")
-    if dst.is_dir() or (dst.exists() and not overwrite): raise ConfigError(f"{dst} exists; choose another name or ask for `overwrite=True`")
-    draft = MapDraft(dst, "").folder
-    parent = next(p for p in dst.absolute().parents if p.exists())
-    needed = 3*nbytes - sum(f.stat().st_size for f in draft.glob("*")) # rows, the compressed map at its worst, overviews
-    free = shutil.disk_usage(parent).free
+    try:
+        if dst.exists() and dst.samefile(info.path): raise ConfigError(f"{dst} is both source and destination; choose another name for the map")
+        if dst.is_dir() or (dst.exists() and not overwrite): raise ConfigError(f"{dst} exists; choose another name or ask for `overwrite=True`")
+        parent = next(p for p in dst.absolute().parents if p.exists())
+        if not os.access(parent, os.W_OK): raise ConfigError(f"cannot write into {parent}: permission denied")
+        needed = 3*nbytes - sum(f.stat().st_size for f in MapDraft(dst, "").folder.glob("*")) # rows, the compressed map at its worst, overviews
+        free = shutil.disk_usage(parent).free
+    except OSError as error: raise ConfigError(f"cannot write into {dst.parent}: {error.strerror}") from error
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
 
 # %% ../../nbs/inference/60_windows.ipynb #3335b7df
 def _tell(watch, row, kind, numbers, logits):
     "Tell all who watch of a finished band."
-    if not watch: return
-    values = kind.restore(numbers).reshape(len(numbers), len(kind.names), -1)
-    for w in watch: w.band(row, values, logits)
+    rows = max(1, 2**20//numbers.shape[-1]) # not many at a time: what accounts need for their work stays small
+    for top in range(0, len(numbers) if watch else 0, rows):
+        values = kind.restore(numbers[top:top + rows]).reshape(-1, len(kind.names), numbers.shape[-1])
+        for w in watch: w.band(row + top, values, None if logits is None else logits[top:top + rows])
 
 def _draw_band(draft, layers, watch, logits, wanted, carry, row):
     "What the layers show of finished rows, on disk."
