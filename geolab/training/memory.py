@@ -9,6 +9,7 @@ __all__ = ['estimate_memory', 'MemoryRow', 'memory_profile', 'largest_batch', 'm
 import copy, math, time, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Literal, Sequence
 
 import torch
@@ -130,7 +131,7 @@ def memory_profile(
         return [MemoryRow(n, max(line[n], floor), None, False) for n in _powers(most)]
     twin = copy.deepcopy(network).cuda().train().to(memory_format=torch.channels_last)
     bf16 = precision == "bf16" or precision == "auto" and torch.cuda.is_bf16_supported()
-    try: return _measured(lambda batch: _on_cuda(twin, shape, bf16, batch), most)
+    try: return _measured(partial(_on_cuda, twin, shape, bf16), most)
     finally:
         del twin
         torch.cuda.empty_cache()
