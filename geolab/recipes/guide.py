@@ -61,7 +61,7 @@ class GuideConfig(Config):
     fusion_attention_at: list[int]|None = None  # Late: levels of the attention; `None` for the deepest
     # ours: training
     encoder_weights: str|None = None            # Pre-trained weights of the encoder, e.g. "imagenet"; `None` starts from random ones
-    freeze_encoder: int = Field(0, ge=0)        # Stages of the encoder, from the image on, that are not trained
+    freeze_encoder: int|Literal["all"] = 0      # Stages of the encoder, from the image on, that are not trained
     steps_per_epoch: int|None = Field(None, ge=1)  # Steps of the optimiser; `None` goes once through the sampler
     accumulate: int = Field(1, ge=1)            # Batches per step of the optimiser
     clip: float|None = Field(1.0, gt=0)         # Largest norm of the gradient

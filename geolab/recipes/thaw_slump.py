@@ -21,7 +21,7 @@ from fastcore.meta import delegates
 from pydantic import Field, model_validator
 from torch import nn
 
-from ..core import Config, ConfigError, DataError, content_hash, seed_everything, write_json
+from ..core import Config, ConfigError, DataError, content_hash, read_json, seed_everything, write_json
 from ..data.augment import Augment, rgb_of, soften
 from ..data.raster import find_images, fit_band_scale, has_valid_pixel, open_scenes, read_info, read_window
 from ..data.sampling import RatioSampler, passes, prior_of, reachable
@@ -30,16 +30,19 @@ from ..data.terrain import INDICES, TERRAIN, StackPlan, named_paths, pair_auxili
 from ..data.tiles import TileDataset
 from ..evaluation.metrics import average_precision, class_metrics, metrics_at, summary, trivial_baselines
 from ..evaluation.scores import ScoreHistogram, save_scores
+from ..inference.two_stage import GatedScores, GatedTiles, choose_two_stage, gate_cost, gate_cuts, gated_logits, open_gates, predict_gated
 from ..inference.windows import predict_raster
 from ..nn.fusion import build_fusion_network
 from ..nn.losses import build_loss, initialise_bias
-from ..nn.segmentation import build_segmenter
+from ..nn.segmentation import build_segmenter, freeze_encoder
 from .guide import GUIDE, GuideConfig
-from .pipeline import (LabelsConfig, SplitConfig, Stage, area_of, batch_size_of, calibrate_scores, calibration_part, check_space, display, fingerprint, measure_map, merge_config,
-    objects_at, open_folder, resume_run, start_run, write_outlines, write_samples, write_thresholds)
+from .pipeline import (LabelsConfig, SplitConfig, Stage, area_of, calibrate_scores, calibration_part, check_space, display, fingerprint, measure_map, merge_config,
+    objects_at, open_folder, outline_maps, resume_run, start_run, write_outlines, write_samples, write_thresholds)
 from ..report import build_report
 from ..training.baselines import pixel_logistic
+from ..training.epochs import rank_disagreement
 from ..training.fit import FitConfig, fit, score_dataset
+from ..training.memory import batch_size_of, largest_batch, memory_profile, memory_table
 from ..training.runs import Run, save_model, write_model_card
 from ..worlds.thaw_slump import BANDS, make_world
 
@@ -55,6 +58,8 @@ class ThawSlumpConfig(GuideConfig):
     target_precision: float = Field(.8, gt=0, lt=1)
     confidence: float = Field(.95, gt=.5, lt=1)
     ratio_unit: Literal["tile", "pixel"] = "tile"
+    gate: str|list[str]|None = None             # Two stages: susceptibility rasters on the grid of the images (file, folder, pattern); searched is what lies above a cut
+    max_recall_loss: float = Field(.05, gt=0, lt=1)  # Two stages: share of the recall that the gate may lose
     min_object_pixels: int = Field(1, ge=1)
     object_iou: float = Field(.5, gt=0, le=1)
     overlap: float = Field(.25, ge=0, lt=1)     # Share by which windows of the map overlap
@@ -65,6 +70,7 @@ class ThawSlumpConfig(GuideConfig):
     @model_validator(mode="after")
     def _of_a_column(self):
         if self.labels.positive is not None and self.labels.column is None: raise ValueError("labels.positive needs labels.column")
+        if self.gate is None and self.max_recall_loss != .05: raise ValueError(f"max_recall_loss is {self.max_recall_loss:g}, but there is no gate; name a susceptibility raster with gate, or leave it out")
         return self
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #3a8c11bc
@@ -241,9 +247,26 @@ def build(self: Work) -> tuple[nn.Module, str, dict]:
     c, bands = self.config, {name: len(bands) for name, bands in self.plan.modalities.items()}
     arguments = dict(architecture=c.architecture, encoder=c.backbone, in_channels=sum(bands.values()), classes=1, input_size=list(c.input_size))
     seed_everything(c.random_seed, deterministic=c.deterministic and torch.cuda.is_available())
-    if c.fusion == "none": return build_segmenter(**arguments, encoder_weights=c.encoder_weights), "segmenter", arguments
-    arguments |= dict(modalities=bands, mode=c.fusion, drop_modality=c.drop_modality) | (dict(attention_at=c.fusion_attention_at) if c.fusion == "late" else {})
-    return build_fusion_network(**arguments, encoder_weights=c.encoder_weights), "fusion", arguments
+    if c.fusion == "none": network, builder = build_segmenter(**arguments, encoder_weights=c.encoder_weights), "segmenter"
+    else:
+        arguments |= dict(modalities=bands, mode=c.fusion, drop_modality=c.drop_modality) | (dict(attention_at=c.fusion_attention_at) if c.fusion == "late" else {})
+        network, builder = build_fusion_network(**arguments, encoder_weights=c.encoder_weights), "fusion"
+    return freeze_encoder(network, c.freeze_encoder) if c.freeze_encoder else network, builder, arguments
+
+@patch
+def batch_size(self: Work, network: nn.Module, bands: int) -> int:
+    "Tiles per batch; what was found out about it is kept, so that a continued training has the same."
+    c, path, gpu = self.config, self.folder/"memory.json", torch.cuda.is_available()
+    if c.batch_size != "max_that_fits": return c.batch_size
+    about = dict(device=torch.cuda.get_device_name() if gpu else "cpu", network=content_hash([c.architecture, c.backbone, c.fusion, c.freeze_encoder, c.input_size, bands, c.precision]))
+    if path.exists() and about.items() <= (kept := read_json(path)).items(): return kept["batch_size"]
+    shape = bands, *c.input_size
+    rows = memory_profile(network, shape, c.precision) if gpu else []
+    if gpu: self.say(indent(memory_table(rows), "  "))
+    size = largest_batch(rows) if gpu else batch_size_of(c.batch_size, network, shape, c.precision, say=None)
+    if size is None: raise ConfigError(f"not even {rows[-1].batch} tile of {c.input_size} fits into the memory of this GPU; set a smaller input_size or backbone, or freeze_encoder")
+    write_json(path, about | dict(batch_size=size, rows=[dict(batch_size=r.batch, peak_bytes=r.peak, images_per_second=r.images_per_second, fits=r.peak is not None) for r in rows]))
+    return size
 
 @patch
 def sampler(self: Work, rows: pd.DataFrame, epoch: int|None):
@@ -264,7 +287,7 @@ def train(self: Work):
     rows = split.tiles_of("train")
     scale = fit_band_scale(self.scenes, rows[["scene", "row", "col", "height", "width"]].itertuples(index=False, name=None))
     network, builder, arguments = self.build()
-    size = batch_size_of(c.batch_size, network, (len(scale.bands), *c.input_size), c.precision)
+    size = self.batch_size(network, len(scale.bands))
     shown, sampler, prior = self.sampler(rows, c.steps_per_epoch*size*c.accumulate if c.steps_per_epoch else None)
     less = dict(affine=0., elastic=0., colour=0.) if c.augment == "turns" else {}
     augment = None if c.augment == "none" else Augment(colour_bands(self.plan), mean=scale.mean, std=scale.std, **less)
@@ -274,9 +297,10 @@ def train(self: Work):
     keys = {k: getattr(c, k) for k in FitConfig.model_fields if k != "batch_size" and hasattr(c, k)}
     result = fit(network, loss_of(c), train, data(self.scenes, split.tiles_of("val"), own=True), FitConfig(**keys, batch_size=size), sampler=sampler, out=self.folder, seed=c.random_seed, counter=counter_of(c), on_epoch=self.on_epoch,
                  val_metrics=partial(validation_metrics, config=c), key=dict(tiles=content_hash(rows.to_dict("records")), scale=scale.to_dict(), network=arguments, **{k: getattr(c, k) for k in KEPT}))
-    self.say(f"  {result.stopped}; best {c.early_stopping_metric} {result.best_metric:.3f} in epoch {result.best_epoch}")
+    self.say(f"  {result.stopped}; best {c.early_stopping_metric} {result.best_metric:.3f} in epoch {result.best_epoch}, with learning rate {result.best_lr:.2g}")
+    if (rare := f"val_ap_{str(c.test_realistic_ratio).replace(':', '_')}") in result.history[0] and (rank := rank_disagreement(result.history, c.early_stopping_metric, rare)).differs: self.say(f"  note: {rank}")
     model = save_model(self.folder, network, builder=builder, arguments=arguments, scale=scale, tile_size=self.tile_size, extra=dict(stack=self.plan.to_dict(), dtypes=self.dtypes))
-    return [*model, self.folder/"history.json"]
+    return [*model, self.folder/"history.json", *([self.folder/"memory.json"] if c.batch_size == "max_that_fits" else [])]
 
 KEPT = ("loss", "focal_alpha", "focal_gamma", "fn_weight", "fp_weight", "tversky_gamma", "dice_weight", "train_pos_neg_ratio", "train_ratio_ramp_to", "train_ratio_ramp_epochs", "train_ratio_ramp",
         "soft_labels", "soft_width", "scales", "augment", "freeze_encoder")  # what a checkpoint depends on beside data, network and `FitConfig`
@@ -287,7 +311,7 @@ def calibrate(self: Work):
     "Score the held-out parts and fit the calibrator."
     run, c = self.so_far, self.config
     fitted_on = calibration_part(run.split.check())
-    size = batch_size_of(c.batch_size, run.model, (len(run.scale.bands), *c.input_size), c.precision)
+    size = self.batch_size(run.model, len(run.scale.bands))
     scores = {part: score_dataset(run.model, self.tiles(run, part, own=True), batch_size=size, counter=counter_of(c)) for part in dict.fromkeys(["val", fitted_on, "test"])}
     focal = (c.focal_alpha, c.focal_gamma) if c.loss == "focal" else None
     calibrator, facts = calibrate_scores(scores, fitted_on, focal, self.say)
@@ -349,6 +373,28 @@ def evaluate(self: Work):
     self.say(f"  average precision on test blocks {test['average_precision']:.3f}, where {test['positive_fraction']:.2%} of the pixels are positive; logistic regression on pixels {simple:.3f}")
     return [write_json(self.folder/"metrics.json", metrics), objects["map"].save(self.folder/"objects.npz")]
 
+# %% ../../nbs/recipes/74_thaw_slump.ipynb #5a8c5bc8
+@patch
+def two_stage(self: Work):
+    "Choose cut and threshold together, and map what lies behind the gate."
+    run, c = self.so_far, self.config
+    part, gates = calibration_part(split := run.split.check()), dict(zip([s.id for s in self.given], open_gates([s.info for s in self.given], c.gate)))
+    count = partial(GatedScores, cuts=gate_cuts(GatedTiles(self.tiles(run, "train"), gates)))
+    scores = {p: score_dataset(run.model, GatedTiles(self.tiles(run, p, own=True), gates), batch_size=self.batch_size(run.model, len(run.scale.bands)), read=gated_logits, counter=count) for p in dict.fromkeys(["val", part, "test"])}
+    how = dict(val=scores["val"], max_loss=c.max_recall_loss, confidence=c.confidence, unit=c.ratio_unit, block_size_px=split.certificate["block_size_px"], calibrator=run.calibrator)
+    for ratio in (str(c.test_realistic_ratio), None):  # the wanted ratio, else that of these blocks
+        if (two := choose_two_stage(scores[part], c.target_precision, ratio, **how)).cut is not None: break
+    self.say(f"  {ratio or 'observed'}: {two.summary()}")
+    kept, maps, paths = dict(ratio=ratio, part=part, two_stage=two.to_dict(), test=None), {}, []
+    if two.cut is not None:
+        cost = kept["test"] = gate_cost(scores["test"], two.cut, two.threshold.logit, pixel_area_m2=self.given[0].info.pixel_area(), confidence=c.confidence)
+        self.say(f"  on test blocks the gate removes {cost['area_removed']['value'] or 0:.1%} of the ground and loses {cost['recall_lost']['value'] or 0:.1%} of what is found")
+        for s in self.scenes:
+            try: maps[s.id] = predict_gated(run, s.info.path, self.folder/"map"/"gated"/f"{s.id}_probability.tif", gates[s.id], two.cut, aoi=s.aoi, overlap=c.overlap, overwrite=True)
+            except DataError as error: self.say(f"  {s.id} is not mapped: {error}")
+        paths = [*maps.values(), *outline_maps(maps, two.threshold, run.calibrator, self.folder/"map"/"gated", min_pixels=c.min_object_pixels)[2]]
+    return [write_json(self.folder/"two_stage.json", kept), *paths]
+
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #f7f1ebc8
 @patch
 def save_samples(self: Work):
@@ -373,6 +419,7 @@ def report(self: Work):
 def stages(
     made: bool, # Does the recipe make its own data?
     stacked: bool = False, # Are bands put beside those of the images?
+    gated: bool = False, # Is there a gate?
 ) -> list[Stage]: # In order
     "The stages of this recipe."
     first = [Stage("data", "making the world that stands in for data", Work.make_data, keys=("random_seed", "world"))] if made else []
@@ -386,6 +433,7 @@ def stages(
         Stage("map", "mapping every scene", Work.draw, ("calibrate",), ("overlap",)),
         Stage("polygons", "outlining what was found", Work.outline, ("threshold", "map"), ("min_object_pixels",)),
         Stage("evaluate", "measuring on test blocks", Work.evaluate, ("threshold", "map"), ("object_iou", "min_object_pixels")),
+        *([Stage("two_stage", "choosing where to search, and the threshold there", Work.two_stage, ("calibrate",), ("gate", "max_recall_loss", "target_precision", "ratio_unit", "test_realistic_ratio", "confidence", "overlap", "min_object_pixels"))] if gated else []),
         Stage("report", "writing the report", Work.report, ("evaluate", "polygons")),
     ]
 
@@ -404,6 +452,7 @@ def check(self: Work):
         sides = [(s.info.height, s.info.width) for s in self.given]
         for scene in self.given:
             if not has_valid_pixel(scene): raise DataError(f"{scene.info.path} has no valid pixel{' inside the area of interest' if scene.aoi is not None else ''}; leave it out")
+        if c.gate: open_gates([s.info for s in self.given], c.gate)
     if self.tile_size > max(map(min, sides)): raise ConfigError(f"input_size is {' x '.join(map(str, c.input_size))}, and no image holds such a tile: the largest is {' x '.join(map(str, max(sides, key=min)))} pixels; set input_size to {max(map(min, sides))//32*32} or less")
     weights, pixels = 4*sum(p.numel() for p in self.build()[0].parameters()), sum(h*w for h, w in sides)
     check_space(self.folder, 5*weights + 12*pixels + (4*len(self.plan.bands)*pixels if self.stacked else 4*len(BANDS)*pixels if self.made else 0) + 20_000_000)
@@ -447,5 +496,5 @@ def _go(config, folder, data, profile, force, until, say, on_epoch=None):
     work = Work(config, folder, **data, say=say, on_epoch=on_epoch)
     work.check()
     vectors = [] if work.made else [*find_images(data["labels"])] if Path(data["labels"]).is_dir() else [Path(p) for p in (data["labels"], data["aoi"]) if p and Path(p).is_file()]
-    inputs = None if work.made else fingerprint([*work.images, *vectors, *sum(work.auxiliary.values(), [])])
-    return start_run(NAME, work, stages(work.made, work.stacked), profile=profile, data=data, inputs=inputs, until=until, force=force, say=say)
+    inputs = None if work.made else fingerprint([*work.images, *vectors, *sum(work.auxiliary.values(), []), *(find_images(config.gate) if config.gate else [])])
+    return start_run(NAME, work, stages(work.made, work.stacked, config.gate is not None), profile=profile, data=data, inputs=inputs, until=until, force=force, say=say)
