@@ -128,6 +128,9 @@ def predict(folder: RunFolder,
             auxiliary: Auxiliary = None,
             without: Annotated[list[str], typer.Option(help="Modality that is missing here, of a run with fusion, such as radar; may be repeated. The map then has no certificate.")] = None,
             output: Annotated[str, typer.Option(help="probability, logit or class.")] = "probability",
+            probability: Annotated[bool, typer.Option("--probability", help="The same as --output probability, which is the default.")] = False,
+            dtype: Annotated[str, typer.Option(help="What probabilities or logits are stored as: float32, float16, or whole numbers with a scale in the file, uint8 or uint16.")] = "float32",
+            classes: Annotated[Path, typer.Option(help="Also write the classes that the threshold makes, into this GeoTIFF, in the same pass.")] = None,
             polygons: Annotated[bool, typer.Option("--polygons", help="Also write polygons beside it, as GeoParquet and GeoJSON.")] = False,
             cluster: Annotated[str, typer.Option(help="Dask workers to map with: local, local:4, the address of a scheduler, or the file that it wrote. Needs geolab[cluster].")] = None,
             overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False):
@@ -139,15 +142,17 @@ def predict(folder: RunFolder,
     from geolab.recipes.new_images import predict_image
     from geolab.recipes.pipeline import outline_maps
     from geolab.training.runs import Run
-    finished = Run.load(folder)
+    if probability and output != "probability": raise ConfigError(f"--probability asks for probabilities, and --output for {output}; give one of them")
+    finished, more = Run.load(folder), dict(output=output, dtype=dtype) | (dict(classes=classes) if classes else {})
     if hasattr(module := recipe_module(finished.recipe), "predict"):  # several maps of an image
-        if polygons or output != "probability" or target.suffix or auxiliary or without or cluster: raise ConfigError(f"a run of {finished.recipe} writes several maps: give a folder as the target, without --output, --polygons, --auxiliary, --without and --cluster")
+        if polygons or classes or dtype != "float32" or output != "probability" or target.suffix or auxiliary or without or cluster: raise ConfigError(f"a run of {finished.recipe} writes several maps: give a folder as the target, without --output, --dtype, --classes, --polygons, --auxiliary, --without and --cluster")
         return print(*module.predict(folder, source, target, overwrite=overwrite), sep="\n")
     if polygons and output != "probability": raise ConfigError(f"--polygons needs --output probability, got {output}")
     if (cluster or not target.suffix) and (auxiliary or without): raise ConfigError("--cluster, and many images at once, are for images with all bands in one file: without --auxiliary and --without")
-    if not target.suffix: return _predict_many(finished, source, target, cluster, output=output, polygons=polygons, overwrite=overwrite)
-    if cluster: print(predict_cluster(finished, source, target, cluster, output=output, overwrite=overwrite))
-    else: print(predict_image(finished, source, target, auxiliary=auxiliary, without=without or (), output=output, overwrite=overwrite))
+    if not target.suffix and classes: raise ConfigError("--classes belongs to one image with a GeoTIFF as the target; of many images ask for --output class")
+    if not target.suffix: return _predict_many(finished, source, target, cluster, polygons=polygons, overwrite=overwrite, **more)
+    if cluster: print(predict_cluster(finished, source, target, cluster, overwrite=overwrite, **more))
+    else: print(predict_image(finished, source, target, auxiliary=auxiliary, without=without or (), overwrite=overwrite, **more))
     t, calibrator, gate = finished.threshold, finished.calibrator or Calibrator(), None
     if without: t = replace(t, certified=False, gate=None)
     if polygons:

@@ -16,6 +16,7 @@ from affine import Affine
 from scipy import ndimage
 from torch import nn
 
+from geolab.cli import main
 from geolab.core import ConfigError, DataError, GeolabError, RunError, write_json
 from geolab.data.raster import BandScale, read_info, read_window, write_geotiff
 from geolab.evaluation.calibration import Calibrator
@@ -320,25 +321,44 @@ def test_a_raster_that_changes_while_it_is_mapped(tmp_path, scene):
     assert not (tmp_path/"map.tif").exists()
 
 
-def test_a_tampered_run_folder(tmp_path, scene):
-    home, log = tmp_path/"run", None
-    BUILDERS["pair"] = lambda in_channels: nn.Conv2d(in_channels, 1, 3, padding=1)
-    try:
-        log = StageLog(home, "thaw_slump", ["train", "calibrate"])
-        scale = BandScale(("red", "nir"), (0., 0.), (100., 100.), "float32", 3., 2)
-        log.record("train", "k", save_model(home, BUILDERS["pair"](2), builder="pair", arguments=dict(in_channels=2), scale=scale, tile_size=32), 1)
-        log.record("calibrate", "k", [write_json(home/"calibration.json", Calibrator().to_dict()),
-            write_json(home/"threshold.json", {"chosen": "1:9", "1:9": Threshold(1., None, .8, .1, "tile").to_dict()})], 1)
-        assert predict_raster(home, scene, tmp_path/"good.tif", progress=False).exists()
-        for name in ("model.safetensors", "model.json", "calibration.json", "threshold.json"):
-            kept = (home/name).read_bytes()
-            (home/name).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]) if name.endswith("tensors") else kept.replace(b"1", b"2", 1))
-            with pytest.raises(RunError): predict_raster(home, scene, tmp_path/"map.tif", progress=False)
-            (home/name).write_bytes(kept)
-        (home/"model.safetensors").unlink()
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A run folder with one convolution."
+    monkeypatch.setitem(BUILDERS, "pair", lambda in_channels: nn.Conv2d(in_channels, 1, 3, padding=1))
+    home = tmp_path/"run"
+    log = StageLog(home, "thaw_slump", ["train", "calibrate"])
+    scale = BandScale(("red", "nir"), (0., 0.), (100., 100.), "float32", 3., 2)
+    log.record("train", "k", save_model(home, BUILDERS["pair"](2), builder="pair", arguments=dict(in_channels=2), scale=scale, tile_size=32), 1)
+    log.record("calibrate", "k", [write_json(home/"calibration.json", Calibrator().to_dict()),
+        write_json(home/"threshold.json", {"chosen": "1:9", "1:9": Threshold(.2, Calibrator().probability(.2), .8, .1, "tile").to_dict()})], 1)
+    return home
+
+
+def test_a_tampered_run_folder(tmp_path, home, scene):
+    assert predict_raster(home, scene, tmp_path/"good.tif", progress=False).exists()
+    for name in ("model.safetensors", "model.json", "calibration.json", "threshold.json"):
+        kept = (home/name).read_bytes()
+        (home/name).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]) if name.endswith("tensors") else kept.replace(b"1", b"2", 1))
         with pytest.raises(RunError): predict_raster(home, scene, tmp_path/"map.tif", progress=False)
-        assert not (tmp_path/"map.tif").exists() and not list(tmp_path.glob(".map*"))
-    finally: del BUILDERS["pair"]
+        (home/name).write_bytes(kept)
+    (home/"model.safetensors").unlink()
+    with pytest.raises(RunError): predict_raster(home, scene, tmp_path/"map.tif", progress=False)
+    assert not (tmp_path/"map.tif").exists() and not list(tmp_path.glob(".map*"))
+
+
+def test_the_command_line(tmp_path, home, scene, capsys):
+    def geolab(*options):
+        with pytest.raises(SystemExit) as stop: main(["predict", str(home), str(scene), str(tmp_path/"map.tif"), *map(str, options)])
+        return stop.value.code, capsys.readouterr().err
+    assert geolab("--probability", "--dtype", "uint8", "--classes", tmp_path/"class.tif", "--polygons")[0] == 0
+    with rasterio.open(tmp_path/"map.tif") as f: assert (f.dtypes, f.descriptions, round(f.scales[0], 6)) == (("uint8",), ("probability",), round(1/254, 6))
+    shown = read_window(tmp_path/"class.tif", 0, 0, 71, 103)[0][0]
+    assert set(np.unique(shown)) == {0, 1}
+    found = gpd.read_parquet(tmp_path/"map.parquet")
+    assert abs(found.pixels.sum()/shown.sum() - 1) < .02 and found.certainty.between(0, 1).all()
+    for options, match in [(["--probability", "--output", "class"], "give one of them"), (["--dtype", "int3"], "float32, float16, uint8 or uint16"), ([], "exists; choose another name")]:
+        code, said = geolab(*options)
+        assert code == 2 and match in said
 
 
 def test_several_files_or_none(tmp_path, scene):
