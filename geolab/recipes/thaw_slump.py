@@ -107,7 +107,7 @@ def validation_metrics(
 def _validation_metrics(hist, config):
     at, balanced = metrics_at(hist, 0.), metrics_at(hist, 0., config.val_balanced_ratio)
     values = dict(val_average_precision=average_precision(hist), val_iou_rts=at["iou"], val_precision=at["precision"], val_recall=at["recall"],
-                  val_balanced_iou_rts=at["iou"] if balanced["weight"] is None else balanced["iou"])
+                  **{f"val_balanced_{name}": (at if balanced["weight"] is None else balanced)[key] for name, key in dict(iou_rts="iou", precision="precision", recall="recall").items()})
     return values | {f"val_ap_{str(ratio).replace(':', '_')}": average_precision(hist, ratio) for ratio in config.val_realistic_ratios}
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #6d2fab21
