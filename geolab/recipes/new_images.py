@@ -50,6 +50,8 @@ def predict_image(
     present = [b for name, bands in plan.modalities.items() if name not in without for b in bands]
     wanted = run.scale.dtype if set(plan.bands) <= set(info.bands) else about["dtypes"]["image"]
     if info.dtype != wanted: raise DataError(f"{source} holds {info.dtype}, the images in training held {wanted}; convert it to the same numbers")
+    lost = {name: [b for b in bands if plan.origin[b][0] == "image" and plan.origin[b][1] not in info.bands and b not in info.bands] for name, bands in plan.modalities.items() if name not in without}
+    if any(lost.values()): raise DataError(f"{source} lacks {', '.join(b for bands in lost.values() for b in bands)}; it has {', '.join(info.bands)}. Give an image with these bands, or say that {' and '.join(n for n, bands in lost.items() if bands)} is missing: without, on the command line --without")
     if not beside and set(present) <= set(info.bands): plan = StackPlan({b: ("image", b) for b in plan.bands}, plan.modalities)  # a stack, or all that there is to see
     if strange := [name for name in beside if name not in plan.sources()]: raise ConfigError(f"the run takes nothing called {strange[0]} beside the image; it takes {', '.join(sorted(plan.sources())) or 'nothing'}")
     rasters = {name: pair_auxiliary([info], spec, name)[0][0] for name, spec in beside.items()}
