@@ -39,7 +39,7 @@ class MatrixConfig(Config):
     precision: float = Field(.8, gt=0, lt=1)     # At which recall is read
     ratio: RatioField|None = None                # Positives to negatives, in tiles; `None`: as in the test blocks
     confidence: float = Field(.95, gt=.5, lt=1)  # Of intervals
-    search: SearchConfig|None = None             # Searched first; its best settings become the row `best`
+    search: SearchConfig|None = None             # Searched first; its best settings become a row, `best_12` from trial 12
     profiles: dict[str, dict[str, Any]] = {}     # By profile: what lies over all above
 
     @field_validator("seeds")
@@ -51,7 +51,7 @@ class MatrixConfig(Config):
     @classmethod
     def _folders(cls, rows):
         if bad := [name for name in rows if not re.fullmatch(r"\w[\w.=,+-]*", name)]: raise ValueError(f"`{bad[0]}` cannot be the name of a folder; use letters, digits, _ - . = , +")
-        if "best" in rows: raise ValueError("`best` is the name of what a search finds; call the row otherwise")
+        if found := [name for name in rows if re.fullmatch(r"best_\d+", name)]: raise ValueError(f"`{found[0]}` is the name of what a search finds; call the row otherwise")
         return rows
 
 # %% ../nbs/81_sweep.ipynb #81aad566
@@ -275,7 +275,7 @@ def run_search(
     track: str|None = None, # MLflow store
     parent: str|None = None, # MLflow run that holds those of the trials
     say: Callable[[str], None] = print, # Where announcements go
-) -> dict: # Settings of the best trial, over the profile
+) -> dict[str, dict]: # Name of the row, such as `best_12` from trial 12, and its settings over the profile
     "Search settings on the validation part."
     m = matrix.config
     study = open_study(Path(out)/"study.db", m.search, recipe=m.recipe, base=[m.profile, m.base, m.data, m.seeds[0]])
@@ -299,7 +299,7 @@ def run_search(
     plot_trials(trials, m.search.metric, figure.add_subplot())
     with atomic_file(Path(out)/"trials.png") as aside: figure.savefig(aside, metadata={"Software": None})
     say(f"best of {len(trials)} trials: " + ", ".join(f"{k} {v}" for k, v in best.items()))
-    return merged(m.base, best)
+    return {f"best_{study.best_trial.number + 1}": merged(m.base, best)}
 
 # %% ../nbs/81_sweep.ipynb #168f6b34
 def tabulate(
@@ -338,7 +338,7 @@ def run_sweep(
         with atomic_file(out/"sweep.yaml") as aside: aside.write_text(yaml.safe_dump(m.plain(), sort_keys=False))
         if track: group = open_group(out, track, experiment=matrix.name, tags=dict(recipe=m.recipe, profile=m.profile))
         options = dict(track=track, parent=group and group.run_id, say=say)
-        if m.search: matrix = Matrix(matrix.name, m, matrix.module, matrix.rows | dict(best=run_search(matrix, out, **options)))
+        if m.search: matrix = Matrix(matrix.name, m, matrix.module, matrix.rows | run_search(matrix, out, **options))
         check_folder(matrix, out)
         failed = run_cells(matrix, out, only=[*only], **options)
         found = tabulate(matrix, out, failed)
