@@ -59,7 +59,7 @@ def train(out, *, norm="group", data=Squares, ratio=False, loss=FOCAL, initial=0
         warnings.simplefilter("always")
         result = fit(net, loss, data(29, .3), Squares(9), config, sampler=sampler, out=out, seed=3, val_metrics=metrics, progress=False, trainer_kwargs=trainer)
     torch.save(net.state_dict(), out/f"weights {rank}.pt")
-    (out/f"said {rank}.json").write_text(json.dumps([str(x.message) for x in caught if "left out" in str(x.message)]))
+    (out/f"said {rank}.json").write_text(json.dumps([str(x.message) for x in caught if "step is left out" in str(x.message)]))
     last = load_state(out/"checkpoints/last.ckpt")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
     (out/f"hash {rank}.txt").write_text(sha256_of([net.state_dict(), last["network"], last["optimizer"], rows, result.best_epoch]))

@@ -106,6 +106,10 @@ class EpochBatches:
                                  pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed))
 
     def __len__(self): return len(self.order)
+    def left_out(self) -> tuple[int, int]:
+        "How many tiles of the epoch fill no step, and how many tiles it has."
+        n, size = len(self.order.tiles()), self.order.batch_size*self.order.accumulate*self.order.world
+        return (n % size if n >= size else n - sum(map(len, self.order.shared()))), n
     def __iter__(self) -> Iterator[dict]: yield from self.loader  # a generator: nothing is loaded before the first batch is asked for
     def close(self) -> None: end_workers(self.loader)
 

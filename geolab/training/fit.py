@@ -266,6 +266,9 @@ def _module(pl, f):
             if (before := journal.state.setdefault("world", order.world)) != order.world:
                 raise RunError(f"{journal.folder} holds a training by {before} processes, now there are {order.world}, and a step would take other tiles; start as many as before, or give another `out`")
             f.bar.disable, f.bar.total, f.bar.n = f.bar.disable or order.rank > 0, c.max_epochs*len(f.batches), journal.state["epoch"]*len(f.batches)
+            left, n = f.batches.left_out()
+            if c.accumulate*order.world > 1 and 10*left > n and order.rank == 0:
+                warnings.warn(f"{left} of the {n} tiles of an epoch fill no step and wait for another epoch, since a step takes {c.batch_size} tiles x {c.accumulate} batches x {order.world} processes; lower one of them", stacklevel=1)  # not Lightning, whose warnings are silenced
 
         def configure_optimizers(self):
             kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
