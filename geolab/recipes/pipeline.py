@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OBSERVED', 'PROMISED', 'Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'LabelsConfig', 'SplitConfig',
-           'fingerprint', 'check_space', 'open_folder', 'start_run', 'resume_run', 'batch_size_of', 'calibration_part',
-           'best_f', 'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next',
-           'contest', 'calibrate_scores', 'write_thresholds', 'write_outlines', 'display', 'three_of', 'write_samples']
+           'fingerprint', 'check_space', 'open_folder', 'start_run', 'resume_run', 'calibration_part', 'best_f',
+           'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next', 'contest',
+           'calibrate_scores', 'write_thresholds', 'write_outlines', 'display', 'three_of', 'write_samples']
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
-import copy, errno, shutil, time
+import errno, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -22,11 +22,9 @@ import numpy as np
 import pandas as pd
 import pyproj
 import shapely
-import torch
 import yaml
 from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, model_validator
-from torch import nn
 
 from .. import __version__
 from ..core import Config, ConfigError, DataError, Ratio, RunError, atomic_file, content_hash, load_yaml, override, write_json
@@ -237,28 +235,6 @@ def resume_run(
     return go(config.parse(override(stored["config"], settings)), Path(folder), stored["data"], stored["profile"], force, until, say)
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #37f5be59
-def batch_size_of(
-    wanted: int|Literal["max_that_fits"], # As configured
-    network: nn.Module, # Tried on the GPU
-    shape: tuple[int, int, int], # Bands, height and width of a tile
-    precision: str = "auto", # As in `FitConfig`
-    most: int = 64, # Never more
-) -> int: # Tiles per step
-    "The batch size: as configured, or the largest power of two that trains on this GPU (8 on a CPU)."
-    if wanted != "max_that_fits": return wanted
-    if not torch.cuda.is_available(): return 8
-    size, twin = 1, copy.deepcopy(network).cuda().train()
-    try:
-        while size < most:
-            image = torch.zeros(2*size, *shape, device="cuda")
-            with torch.autocast("cuda", torch.bfloat16, enabled=precision != "32" and torch.cuda.is_bf16_supported()): twin(image).float().mean().backward()
-            size *= 2
-    except torch.cuda.OutOfMemoryError: size = max(1, size)
-    finally:
-        del twin
-        torch.cuda.empty_cache()
-    return size
-
 def calibration_part(
     split: Split|PeriodSplit,
 ) -> str: # "cal", or "val" where the two fell together
