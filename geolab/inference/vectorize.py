@@ -290,7 +290,7 @@ class PolygonFiles:
         stem: str, # File name without suffix
         crs: pyproj.CRS, # Of all parts
         suffixes: Sequence[str] = (".parquet", ".geojson"), # Which files, some of `SUFFIXES`
-        part: int = 20_000, # Polygons to hold before they go to disk
+        part: int = 5_000, # Polygons to hold before they go to disk
     ):
         self.folder, self.stem, self.crs, self.suffixes, self.part = Path(folder), stem, crs, tuple(_known(suffixes)), part
         self.held, self.first, self.parts = [], [], self.folder/f".{stem}.parts"

@@ -107,7 +107,7 @@ def draw_map(
             n = plan.band(k)
             logits[:len(carry)] += carry
             if written: written.result()
-            carry = logits[n:]
+            carry = logits[n:].copy() # and not a view that keeps the whole row
             written = writer.submit(_draw_band, draft, layers, watch, logits[:n], wanted[:n], carry, plan.rows[k])
         if written: written.result()
         if source.stamp() != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
