@@ -76,7 +76,7 @@ rows:
 profiles:
   quick:
     seeds: [42, 43]
-    base: {input_channels: 3, input_size: [64, 64], max_epochs: 6, steps_per_epoch: 20, world: {scenes: 6, size: 640}}
+    base: {input_channels: 3, input_size: [64, 64], max_epochs: 6, steps_per_epoch: 20, world: {scenes: 6, size: 640}, split: {train: .4, val: .2, cal: .1, test: .3}}
     rows:
       ratio_1_20: {train_pos_neg_ratio: 1:4}         # the made world has fewer empty tiles
       ratio_1_50: {train_pos_neg_ratio: 1:6}
@@ -87,7 +87,7 @@ profiles:
     tiny="""
 recipe: thaw_slump
 seeds: [1, 2]
-base: {input_channels: 3, input_size: [64, 64], max_epochs: 3, steps_per_epoch: 10, batch_size: 4, world: {scenes: 4, size: 448}}
+base: {input_channels: 3, input_size: [64, 64], max_epochs: 3, steps_per_epoch: 10, batch_size: 4, world: {scenes: 4, size: 448}, split: {train: .4, val: .2, cal: .1, test: .3}}
 rows:
   baseline: {}
   all_bands: {input_channels: null}
