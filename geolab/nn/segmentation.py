@@ -259,7 +259,7 @@ def _explained(error, arguments, weights):
     "The error of another library as ours: the pair does not fit, or the weights are out of reach."
     if isinstance(error, MissingExtra): return error
     architecture, encoder, side = (arguments[name] for name in ("architecture", "encoder", "input_size"))
-    if isinstance(error, (AssertionError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(error, OSError):
+    if isinstance(error, (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(error, OSError):
         partners = islice((name for name in ("unet", "segformer", "dpt") if name != architecture and _fits(name, encoder, side)), 2)
         others = islice((name for name in ("resnet18", "tu-test_vit") if name != encoder and _fits(architecture, name, None)), 1)
         pairs = "; ".join(f"{pair[0]} goes on {pair[1]}" for pair in [*((name, encoder) for name in partners), *((architecture, name) for name in others)])
