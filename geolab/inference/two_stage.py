@@ -6,7 +6,7 @@
 __all__ = ['read_gate', 'open_gates', 'warp_gate', 'GatedScores', 'GatedTiles', 'gated_logits', 'gate_cuts', 'gate_cost',
            'budget_statistic', 'TwoStage', 'choose_two_stage', 'gate_area', 'predict_gated']
 
-# %% ../../nbs/inference/62_two_stage.ipynb #559d6232
+# %% ../../nbs/inference/62_two_stage.ipynb #2cab19c1
 import math
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -37,11 +37,11 @@ from ..data.tiles import TileDataset
 from ..evaluation.calibration import Calibrator
 from ..evaluation.metrics import bootstrap_interval, metrics_at, stratum_weight
 from ..evaluation.scores import ScoreHistogram, load_scores, save_scores
-from ..evaluation.thresholds import BlockSums, Threshold, _gate, _grid, _interval, _sums, certified_position, hall_statistic
+from ..evaluation.thresholds import BlockSums, Threshold, _gate, _grid, _interval, _sums, certified_position
 from .windows import predict_raster
 from ..training.fit import image_logits
 
-# %% ../../nbs/inference/62_two_stage.ipynb #84db1925
+# %% ../../nbs/inference/62_two_stage.ipynb #4a7b28da
 def read_gate(
     gate: RasterInfo|Path|str, # Raster of one band
     row: int, col: int, # First row and column; may lie outside
@@ -67,7 +67,7 @@ def open_gates(
     if low == high: raise DataError(f"the susceptibility is {low:g} everywhere; a gate must differ from place to place")
     return found
 
-# %% ../../nbs/inference/62_two_stage.ipynb #6e021b9b
+# %% ../../nbs/inference/62_two_stage.ipynb #3cac56f8
 def warp_gate(
     gate: RasterInfo|Path|str, # Susceptibility on any grid, one band
     image: RasterInfo|Path|str, # Image whose grid is wanted
@@ -91,7 +91,7 @@ def warp_gate(
             out.write(np.where(covered > 0, there.read(1, window=window), np.nan).astype(np.float32), 1, window=window)
     return Path(dst)
 
-# %% ../../nbs/inference/62_two_stage.ipynb #2cdd1e5f
+# %% ../../nbs/inference/62_two_stage.ipynb #ceb5800c
 class GatedScores:
     "Logits counted by block, stratum and bin, apart for each class of susceptibility."
     def __init__(self,
@@ -125,7 +125,7 @@ class GatedScores:
         if "whole" not in kept or len(kept) < 2: raise DataError(f"{path} holds no scores with a gate; `GatedScores.save` writes such files")
         return cls(["none"], sorted(map(float, set(kept) - {"whole"})))._each(lambda _, cut: kept["whole" if cut is None else repr(cut)])
 
-# %% ../../nbs/inference/62_two_stage.ipynb #55c47d2e
+# %% ../../nbs/inference/62_two_stage.ipynb #a6e53b7b
 @patch
 def update(self: GatedScores,
     scores: Float[Tensor, "b 2 ..."], # Logits, and susceptibility with NaN where it is not known
@@ -166,7 +166,7 @@ def at(self: GatedScores,
     new.counts[..., 0] += (self.whole.counts - new.counts).sum(-1)
     return new
 
-# %% ../../nbs/inference/62_two_stage.ipynb #3acf9e12
+# %% ../../nbs/inference/62_two_stage.ipynb #0ad0d911
 class GatedTiles(Dataset):
     "Tiles with the susceptibility of their ground."
     def __init__(self,
@@ -207,7 +207,7 @@ def gate_cuts(
     if len(cuts) < 2: raise DataError(f"the susceptibility is {cuts[0]:g} nearly everywhere; a gate must differ from place to place")
     return cuts.tolist()
 
-# %% ../../nbs/inference/62_two_stage.ipynb #fc510c86
+# %% ../../nbs/inference/62_two_stage.ipynb #81aa7667
 def _ratio_interval(above, below, confidence, replicates, seed):
     "Percentile interval of a ratio of sums over blocks."
     if (below > 0).sum() < 5: return None
@@ -240,18 +240,20 @@ def gate_cost(
     cost = dict(cut=cut, logit=float(alone.edges[k]), blocks=len(alone.blocks), area_removed=share(closed, pixels), recall_lost=share(found - kept, found), alone=level(alone), gated=level(gated))
     return cost if pixel_area_m2 is None else cost | dict(area_removed_ha=float(closed.sum()*pixel_area_m2/1e4), area_ha=float(pixels.sum()*pixel_area_m2/1e4))
 
-# %% ../../nbs/inference/62_two_stage.ipynb #d8b7e7d2
+# %% ../../nbs/inference/62_two_stage.ipynb #aea3f1a1
 def budget_statistic(
     kept: Float[np.ndarray, " block"], # Positives that both stages find
     found: Float[np.ndarray, " block"], # Positives that the segmentation finds, or all of them
     max_loss: float, # Share that may be lost
     confidence: float = .95, # One-sided
-) -> tuple[float, float]: # H and the critical value: passes where H lies at or under it
+) -> tuple[float, float]: # Statistic and critical value: passes where the first lies at or under the second
     "Is the share of lost positives under a budget?"
     kept, found = (np.asarray(x, float)[np.asarray(found) > 0] for x in (kept, found))
-    lost = (found - kept)[:, None]
-    h, _ = hall_statistic(*BlockSums(found[:, None], lost, 0*lost, found, 0*found, np.ones(len(found))).margin(0., max_loss), worst=2)
-    return float(h[0]), -float(student_t.ppf(confidence, len(found) - 1))
+    lost, b = (found - kept)[:, None], len(found)
+    m, d, q = BlockSums(found[:, None], lost, 0*lost, found, 0*found, np.ones(b)).margin(0., max_loss)
+    worst = 3*d.max()
+    spread = q[0]*np.sqrt(((d**2).sum() + worst**2 - worst**2/(b + 1))/(b*(b + 1)))
+    with np.errstate(divide="ignore"): return float((m[0] + worst/(b + 1))/spread), -float(student_t.ppf(confidence, b - 1))
 
 def _found(scores, at):
     "Positives that both stages find, (cut, block, threshold)."
@@ -262,16 +264,16 @@ def _budget_run(kept, found, limit, confidence):
     "Which thresholds (strict to lenient) keep the budget at the first of some cuts, tested from the lenient end to the first failure; and why none was tested."
     passes, holding = np.zeros(found.shape[1], bool), int((found[:, -1] > 0).sum())
     lost = ((found - kept) > 0).sum(1)  # blocks, by cut and threshold
-    if holding < 20: return passes, f"positives are found in {holding} blocks; 20 are needed to test the recall budget"
+    if holding < 60: return passes, f"positives are found in {holding} blocks; 60 are needed to test the recall budget"
     if lost[-1, -1] < 5: return passes, f"even the harshest cut loses positives in {lost[-1, -1]} blocks; 5 are needed to judge how losses spread"
     for k in reversed(range(len(passes))):
-        if (found[:, k] > 0).sum() < 20 or not (lost[:, k] >= 5).any(): break
-        h, critical = budget_statistic(kept[(lost[:, k] >= 5).argmax(), :, k], found[:, k], limit, confidence)
-        if h > critical: break
+        if (found[:, k] > 0).sum() < 60 or not (lost[:, k] >= 5).any(): break
+        statistic, critical = budget_statistic(kept[(lost[:, k] >= 5).argmax(), :, k], found[:, k], limit, confidence)
+        if statistic > critical: break
         passes[k] = True
     return passes, None
 
-# %% ../../nbs/inference/62_two_stage.ipynb #f04dc4e5
+# %% ../../nbs/inference/62_two_stage.ipynb #5f703ccc
 @dataclass(frozen=True)
 class TwoStage:
     "A cut of the susceptibility and a threshold of logits, what was asked of them, and how sure it is."
@@ -297,7 +299,7 @@ class TwoStage:
     @classmethod
     def from_dict(cls, values: dict) -> "TwoStage": return cls(**values | dict(threshold=Threshold.from_dict(values["threshold"])))
 
-# %% ../../nbs/inference/62_two_stage.ipynb #ffd25013
+# %% ../../nbs/inference/62_two_stage.ipynb #5e12a704
 def _candidates(val, limit, spend):
     "Cuts that close about these shares of the budget on validation blocks, gentle ones first."
     total = max(val.whole.counts[:, 0].sum(), 1)
@@ -327,7 +329,7 @@ def _try_cut(scores, cut, at, p, low, ratio, unit, limit, of_all, kept, confiden
     if not kept[k]: return None, "the threshold that passes the test of the precision does not pass that of the recall budget", guess, mark
     return k, None, guess, mark
 
-# %% ../../nbs/inference/62_two_stage.ipynb #5fd7ee35
+# %% ../../nbs/inference/62_two_stage.ipynb #23148ddb
 def choose_two_stage(
     scores: GatedScores, # Calibration blocks: used for nothing else
     target_precision: float, # Of both stages together, between 0 and 1
@@ -363,7 +365,8 @@ def choose_two_stage(
     at = _grid(whole, val.whole)
     level = 1 - (1 - confidence)/(2*len(cuts))
     found = np.repeat(whole.counts[:, 0].sum(1)[:, None], len(at), 1) if of_all else whole.flagged()[:, 0, at]
-    runs, why = zip(*[_budget_run(_found(scores, at)[scores.cuts.index(cut):], found, limit, level) for cut in cuts])
+    both = _found(scores, at)
+    runs, why = zip(*[_budget_run(both[scores.cuts.index(cut):], found, limit, level) for cut in cuts])
     refused = f"too few blocks: {len(scores.blocks)}, and 60 are needed" if len(scores.blocks) < 60 else why[0]
     kept = np.logical_or.accumulate(runs[::-1])[::-1]  # a gentler cut loses no more than a harsher one
     found = [_try_cut(scores, cut, at, target_precision, low, ratio, unit, limit, of_all, run, level, background, refused) for cut, run in zip(cuts, kept)]
@@ -378,7 +381,7 @@ def choose_two_stage(
         precision=gated["precision"], recall=gated["recall"], calibrator=None if calibrator is None else calibrator.hash, **asked)
     return TwoStage(cut, t, max_loss, min_recall, 1 - gated["tp"]/max(whole.flagged()[:, 0, at[k]].sum(), 1), 1 - float(scores.open(cut).counts.sum()/whole.counts.sum()), tried)
 
-# %% ../../nbs/inference/62_two_stage.ipynb #89f318bd
+# %% ../../nbs/inference/62_two_stage.ipynb #548665f3
 def gate_area(
     gate: RasterInfo|Path|str, # Susceptibility on the grid of the image
     cut: float, # Search where it is at or above
