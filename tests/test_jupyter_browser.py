@@ -102,8 +102,8 @@ def test_sliders_move(lab, browser):
     cells(browser, "nb.activeCellIndex = nb.widgets.length - 1; nb.scrollToItem(nb.widgets.length - 1)")
     box = wait(lambda: browser.find_elements(By.CSS_SELECTOR, ".widget-vbox")[-1], 30)
     says = lambda: box.find_element(By.CSS_SELECTOR, ".widget-html-content p").text
-    picture = lambda: len(browser.execute_script("return arguments[0].querySelector('img').src", box)) and browser.execute_script("return arguments[0].querySelector('img').src", box)
-    first, image = wait(says, 30), wait(picture, 30)
+    picture = lambda: browser.execute_script("return arguments[0].querySelector('img').src", box)
+    first, _ = wait(says, 30), wait(picture, 30)
     assert re.match(r"Precision \d\.\d\d, recall \d\.\d\d", first)
     for handle, key in zip(box.find_elements(By.CSS_SELECTOR, ".noUi-handle"), (Keys.ARROW_LEFT, Keys.ARROW_RIGHT), strict=True):
         before, shown = says(), picture()
