@@ -407,7 +407,7 @@ def plan_cluster(
     tile: int = 512, # Side of a window, in pixels
     overlap: float = .25, # Share of a window that its neighbour covers too
     valid: float = 1., # Share of the windows that hold a valid pixel; the others cost nothing
-    efficiency: float = .85, # Share of a worker's time that goes into windows
+    efficiency: float = .85, # Share of a worker's time that goes into windows; assumed
     bands: int = 4, # Of the images
     source_bytes: int = 2, # Per number in the images
     map_bytes: int = 4, # Per number in the map
