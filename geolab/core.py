@@ -176,7 +176,7 @@ def _faults(cls, error):
             close = nearest(str(e["loc"][-1]), _fields_at(cls, e["loc"][:-1]))
             lines.append(f"`{key}` is not a known key" + (f"; did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else f"; known keys: {', '.join(_fields_at(cls, e['loc'][:-1]))}"))
         elif e["type"] == "missing": lines.append(f"`{key}` is missing")
-        elif not key: lines.append(e["msg"].removeprefix("Value error, "))
+        elif not key: lines += e["msg"].removeprefix("Value error, ").split("\n- ")  # a check of several keys may tell several faults
         else: lines.append(f"`{key}`: {e['msg'].removeprefix('Value error, ')}, got {got!r}")
     return f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the configuration:\n" + "\n".join(f"- {line}" for line in lines)
 
