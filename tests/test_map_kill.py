@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
@@ -15,6 +16,9 @@ SERVER = """
 import json, os, signal, sys, time
 import rasterio.shutil, torch
 from geolab.core import GeolabError
+from pathlib import Path
+from geolab.data.raster import read_info
+from geolab.inference.accounts import PolygonWatch
 from geolab.inference.windows import predict_windows
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -51,6 +55,7 @@ def draw(job, events):
     def score(x): os.write(events, b"."); return torch.cat([i*x + 1 for i in range(2, channels + 2)], 1)
     bands = dict(name=[f"logit {i}" for i in range(channels)]) if channels > 1 else {}
     if "legend" in job: bands = dict(transform_logits=lambda z: z.argmax(0).astype("uint8"), legend={i: ("grade", "#00ff00") for i in range(channels)})
+    if job.get("polygons"): bands = dict(watch=[PolygonWatch(read_info(job["src"]), 1.5, Path(job["dst"]).parent, "found", unit="logit")])
     kind, n = job.get("die", [None, 0])
     if kind == "call": score = dying(score, n)
     if "halt" in job: score = halting(score, job["halt"])
@@ -171,6 +176,23 @@ def test_three_channels_killed_then_continued(ask, source, tmp_path, more):
         assert not dst.exists()
         assert ask(src=source, dst=dst, channels=3, **more)["status"] == 0
         for name in made: assert (tmp_path/name).read_bytes() == (whole.parent/name).read_bytes()
+        for name in made: (tmp_path/name).unlink()
+        assert names(tmp_path) == ["whole"]
+
+
+def test_polygons_of_a_killed_pass(ask, source, tmp_path):
+    "Killed in the network, while a band is written, while polygons take their names, while the map does: the same files in the end."
+    whole, dst = tmp_path/"whole"/"map.tif", tmp_path/"map.tif"
+    whole.parent.mkdir()
+    assert ask(src=source, dst=whole, polygons=True)["status"] == 0
+    made = names(whole.parent)
+    assert made == ["found.geojson", "found.parquet", "map.tif"] and len(gpd.read_parquet(whole.parent/"found.parquet")) > 20
+    for kind, n in [("call", 3*COLS + 2), ("fsync", 2 + 3*4 + 2), ("replace", 2), ("replace", 3), ("copy", 0), ("replace", 4)]:
+        assert ask(src=source, dst=dst, polygons=True, die=[kind, n])["status"] == -9
+        assert not dst.exists()
+        again = ask(src=source, dst=dst, polygons=True)
+        assert again["status"] == 0 and again["calls"] <= (ROWS*COLS if kind in ("call", "fsync") else 0)
+        for name in made: assert (tmp_path/name).read_bytes() == (whole.parent/name).read_bytes(), name
         for name in made: (tmp_path/name).unlink()
         assert names(tmp_path) == ["whole"]
 

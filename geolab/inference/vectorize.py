@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'find_runs', 'join_runs', 'connect_runs', 'trace_runs', '
            'mapped_area', 'write_polygons', 'PolygonFiles', 'stream_polygons']
 
 # %% ../../nbs/inference/65_vectorize.ipynb #b678e7f0
-import json, math, shutil
+import json, math, os, shutil
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -162,21 +162,11 @@ class ObjectStream:
         return done.iloc[order].reset_index(drop=True), np.argsort(np.argsort(first))[of]
 
 # %% ../../nbs/inference/65_vectorize.ipynb #ed2e35d1
-def _of_map(info, threshold):
-    "Unit of a map, once map and threshold are found fit for polygons."
-    if info.count != 1: raise DataError(f"{info.path} has {info.count} bands; a map has one")
-    if threshold is None or not math.isfinite(threshold): raise ConfigError(f"`threshold` must be a number, got {threshold}; if a run has none, its reason says why")
-    if info.bands == ("probability",) and not 0 <= threshold <= 1:
-        raise ConfigError(f"{info.path} holds probabilities, and the threshold is {threshold:g}; give a probability, not a logit")
-    return "logit" if info.bands == ("logit",) else "probability"
-
-def _map_bands(info, rows):
-    "First row, values and valid pixels of bands that cover a map."
-    with rasterio.open(info.path) as f: high = f.block_shapes[0][0]
-    rows = rows or max(1, 2**22//info.width//high)*high
-    for row in range(0, info.height, rows):
-        (values,), valid = read_values(info, row, 0, min(rows, info.height - row), info.width)
-        yield row, values, valid
+def _pixel_areas(info, rows):
+    "Square metres of a pixel in each of these rows."
+    if not info.crs.is_geographic: return info.pixel_area()
+    rows, at = np.unique(rows, return_inverse=True)
+    return np.array([info.pixel_area(int(row)) for row in rows], float)[at]
 
 class Outliner:
     "Polygons of a map that comes band by band."
@@ -222,6 +212,23 @@ class Outliner:
             columns["block"] = pd.Series([f"r{int(r//self.sides[0]):02}c{int(c//self.sides[1]):02}" for r, c in zip(*centre)], dtype="str")
         return gpd.GeoDataFrame(columns, geometry=trace_runs(runs, label, info.transform), crs=pyproj.CRS.from_user_input(info.crs))
 
+# %% ../../nbs/inference/65_vectorize.ipynb #ee736e8b
+def _of_map(info, threshold):
+    "Unit of a map, once map and threshold are found fit for polygons."
+    if info.count != 1: raise DataError(f"{info.path} has {info.count} bands; a map has one")
+    if threshold is None or not math.isfinite(threshold): raise ConfigError(f"`threshold` must be a number, got {threshold}; if a run has none, its reason says why")
+    if info.bands == ("probability",) and not 0 <= threshold <= 1:
+        raise ConfigError(f"{info.path} holds probabilities, and the threshold is {threshold:g}; give a probability, not a logit")
+    return "logit" if info.bands == ("logit",) else "probability"
+
+def _map_bands(info, rows):
+    "First row, values and valid pixels of bands that cover a map."
+    with rasterio.open(info.path) as f: high = f.block_shapes[0][0]
+    rows = rows or max(1, 2**22//info.width//high)*high
+    for row in range(0, info.height, rows):
+        (values,), valid = read_values(info, row, 0, min(rows, info.height - row), info.width)
+        yield row, values, valid
+
 def polygonise(
     map_path: Path|str, # Raster with one band, such as `predict_raster` writes
     threshold: float, # In the units of the map; a pixel at the threshold is positive
@@ -237,12 +244,6 @@ def polygonise(
     found = pd.concat([*(outliner.band(*band) for band in _map_bands(info, band_rows)), outliner.close()]).sort_values("first", ignore_index=True)
     found["first"] = np.arange(1, len(found) + 1)
     return found.rename(columns=dict(first="id"))
-
-def _pixel_areas(info, rows):
-    "Square metres of a pixel in each of these rows."
-    if not info.crs.is_geographic: return info.pixel_area()
-    rows, at = np.unique(rows, return_inverse=True)
-    return np.array([info.pixel_area(int(row)) for row in rows], float)[at]
 
 # %% ../../nbs/inference/65_vectorize.ipynb #28972f6e
 def mapped_area(
@@ -303,13 +304,15 @@ class PolygonFiles:
 
     def _flush(self):
         self.parts.mkdir(parents=True, exist_ok=True)
-        pd.concat(self.held).to_parquet(self.parts/f"{len(list(self.parts.iterdir())):08}.parquet", index=False)
+        pd.concat(self.held).to_parquet(self.parts/f"{len(self._pieces()):08}.parquet", index=False)
         self.held = []
+
+    def _pieces(self): return sorted(self.parts.glob("[0-9]*.parquet"))
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         first, done = np.sort(np.concatenate(self.first)), 0
-        for path in sorted(self.parts.iterdir()):
-            table = gpd.read_parquet(path)
+        for piece in self._pieces():
+            table = gpd.read_parquet(piece)
             done += len(table)
             plain = pd.DataFrame(table.drop(columns=["first", "geometry"])); plain.insert(0, "id", 1 + np.searchsorted(first, table["first"]))
             yield pa.RecordBatch.from_pandas(plain.assign(geometry=table.geometry.to_wkb()), preserve_index=False)
@@ -321,16 +324,19 @@ class PolygonFiles:
         paths, schema = tuple(self.folder/f"{self.stem}{s}" for s in self.suffixes), next(self._batches()).schema
         geo = dict(version="1.0.0", primary_column="geometry", columns=dict(geometry=dict(encoding="WKB", geometry_types=["Polygon", "MultiPolygon"], crs=self.crs.to_json_dict())))
         try:
-            for path in paths:
-                with atomic_file(path) as f:
-                    if path.suffix == ".parquet":
-                        with pq.ParquetWriter(f, schema.with_metadata({"geo": json.dumps(geo)})) as out:
-                            for batch in self._batches(): out.write_batch(batch.replace_schema_metadata({"geo": json.dumps(geo)}))
-                    else: pyogrio.write_arrow(pa.RecordBatchReader.from_batches(schema, self._batches()), f, layer=self.stem, geometry_name="geometry", geometry_type="Unknown", crs=self.crs.to_wkt(), **_WRITERS[path.suffix])
+            made = [self.parts/f"whole{path.suffix}" for path in paths] # in the folder of the parts: whatever a crash leaves there goes with it
+            for file in made:
+                if file.suffix == ".parquet":
+                    with pq.ParquetWriter(file, schema.with_metadata({"geo": json.dumps(geo)})) as out:
+                        for batch in self._batches(): out.write_batch(batch.replace_schema_metadata({"geo": json.dumps(geo)}))
+                else: pyogrio.write_arrow(pa.RecordBatchReader.from_batches(schema, self._batches()), file, layer=self.stem, geometry_name="geometry", geometry_type="Unknown", crs=self.crs.to_wkt(), **_WRITERS[file.suffix])
+                with open(file, "rb") as f: os.fsync(f.fileno())
+            for file, path in zip(made, paths): os.replace(file, path)
         except OSError as error: raise ConfigError(f"cannot write polygons into {self.folder}: {error.strerror or error}") from error
         shutil.rmtree(self.parts)
         return paths
 
+# %% ../../nbs/inference/65_vectorize.ipynb #46309473
 def stream_polygons(
     map_path: Path|str, # Raster with one band, such as `predict_raster` writes
     threshold: float, # In the units of the map

@@ -79,6 +79,7 @@ def _draw_band(draft, layers, watch, logits, wanted, carry, row):
     draft.write([*bands, *kept], carry)
     _tell(watch, row, layers[0][1], bands[0], kept[0] if kept else None)
 
+# %% ../../nbs/inference/60_windows.ipynb #fc6d0b02
 def draw_map(
     rows: Callable[[Sequence[int]], Iterable[RowScores]], # From numbers of rows of windows to what each of them gives, in this order, as `score_row` does
     source: WindowSource,
@@ -115,6 +116,7 @@ def draw_map(
         draft.finish(info, layers)
     return dst
 
+# %% ../../nbs/inference/60_windows.ipynb #ceb15944
 def score_rows(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b k h w"]], # From scaled images to logits
     source: WindowSource,
