@@ -180,12 +180,12 @@ def plot_pareto(
     for i, row in enumerate(found.itertuples()):
         colour = "#0072B2" if front[i] else "0.45"
         if row.recall_at_precision_low is not None and np.isfinite(row.recall_at_precision_low): ax.plot([cost[i]]*2, [row.recall_at_precision_low, row.recall_at_precision_high], color=colour, lw=1, alpha=.6, zorder=2)
-        ax.plot(cost[i], value[i], "o", ms=13, mfc="white", mec=colour, zorder=3 + i, label=f"{i + 1}  {row.row}")
+        ax.plot(cost[i], value[i], "o", ms=13, mfc="white", mec=colour, zorder=3 + i, label=f"{i + 1}  {row.row}: {value[i]:.2f}, {cost[i]:,.0f} s")
         ax.annotate(str(i + 1), (cost[i], value[i]), ha="center", va="center", fontsize=7, color=colour, zorder=3 + i)
     spread = np.nanmax(cost)/max(np.nanmin(cost), 1e-9) if np.isfinite(cost).any() else 1
-    ax.set(xlabel="training, seconds", ylabel=f"recall at precision {precision:g}", xscale="log" if spread > 10 else "linear", ylim=(-.04, max(.2, min(1.04, 1.15*np.nanmax([*found.recall_at_precision_high.to_numpy(float), *value, 0])))))
+    ax.set(xlabel="training, seconds", ylabel=f"recall at precision {precision:g}", xscale="log" if spread > 5 else "linear", ylim=(-.04, max(.2, min(1.04, 1.15*np.nanmax([*found.recall_at_precision_high.to_numpy(float), *value, 0])))))
     ax.margins(x=.12)
-    if spread <= 10: ax.set_xlim(left=0)
+    if spread <= 5: ax.set_xlim(left=0)
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, .5), handlelength=0, markerscale=0, title="blue: worth its cost", title_fontsize=7, alignment="left")
     return ax
 

@@ -165,5 +165,6 @@ def plot_trials(
         some = trials[trials.state == state]
         ax.plot(some.trial, some.value.astype(float), mark, ms=4, color=colour, label={"complete": "finished", "pruned": "pruned, last value"}[state])
     ax.set(xlabel="trial", ylabel=metric)
-    ax.legend(fontsize=7, frameon=False, loc="lower right")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     return ax
