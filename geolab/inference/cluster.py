@@ -7,7 +7,7 @@ __all__ = ['RowStore', 'open_run', 'ClusterLost', 'connect', 'check_workers', 'c
            'predict_images', 'plan_cluster']
 
 # %% ../../nbs/inference/84_cluster.ipynb #59f8aba2
-import asyncio, concurrent.futures, json, logging, math, os, re, shutil, time, zlib
+import asyncio, concurrent.futures, json, logging, math, os, re, shutil, socket, time, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
+from urllib.parse import urlsplit
 from typing import Callable, Iterator, Mapping, Sequence
 
 import geopandas as gpd
@@ -108,6 +109,16 @@ def _score_into(open_score, source, k, folder, threads, size, made_by):
 class ClusterLost(RunError):
     "The scheduler, or its last worker, went away while a map was drawn."
 
+def _speaks(address, patience):
+    "Does something like a scheduler answer? It speaks first; a client of Dask would wait for ever for one that takes the connection and is silent."
+    at, until = urlsplit(address if "://" in address else f"tcp://{address}"), time.monotonic() + patience
+    while at.scheme == "tcp" and time.monotonic() < until:
+        with suppress(OSError), socket.create_connection((at.hostname, at.port), max(.1, until - time.monotonic())) as s:
+            s.settimeout(max(.1, until - time.monotonic()))
+            if s.recv(1): return True
+        time.sleep(.1)
+    return at.scheme != "tcp"
+
 @contextmanager
 def connect(
     cluster, # "local", "local:4", an address such as "tcp://10.0.0.5:8786", a scheduler file, or an open `Client`
@@ -128,7 +139,9 @@ def connect(
         else: raise ConfigError(f"expected local, local:4, an address such as tcp://10.0.0.5:8786 or a scheduler file that ends in .json, got {name!r}")
         logger = logging.getLogger("distributed")
         stack.callback(logger.setLevel, logger.level); logger.setLevel(logging.CRITICAL) # what matters comes as an error
-        try: client = stack.enter_context(distributed.Client(at, timeout=patience, set_as_default=False))
+        try:
+            if isinstance(at, str) and not _speaks(at, patience): raise TimeoutError
+            client = stack.enter_context(distributed.Client(at, timeout=patience, set_as_default=False))
         except (OSError, ValueError, TimeoutError) as error:
             raise ConfigError(f"no Dask scheduler answers at {name} within {patience:g} s; start one with `dask scheduler`, check address and firewall, or take local:2 for two workers on this machine") from error
         yield client
