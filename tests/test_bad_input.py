@@ -99,7 +99,7 @@ def test_no_valid_pixel(tmp_path, good):
     ("max_epochs=1.5", "max_epochs"),
     ("learning_rate=-1", "greater than 0"),
     ("focal_gamma=strong", "focal_gamma"),
-    ("loss=dice", "'focal'"),
+    ("loss=hinge", "'focal'"),
     ("test_realistic_ratio=500", "1:500"),
     ("split.train=0.9", "must be 1"),
     ("labels.colum=kind", "did you mean `column`"),
