@@ -149,9 +149,10 @@ def memory_profiled(folder: Folder) -> str:
     if not (folder.path/"memory.json").is_file(): raise RunError("batch_size is max_that_fits, and memory.json, with what each size took, is missing")
     kept = folder.json("memory.json")
     if kept["device"] == "cpu": raise NotApplicable(f"trained on a CPU, where max_that_fits is {kept['batch_size']}; there is no GPU memory to profile")
-    fitted = {row["batch_size"]: row for row in kept["rows"] if row.get("fits", True)}
+    fitted = [row["batch_size"] for row in kept["rows"] if row["fits"]]
     if kept["batch_size"] not in fitted: raise RunError(f"batch size {kept['batch_size']} was used, and memory.json has {', '.join(map(str, fitted)) or 'no size'} as fitting")
-    return f"batch size {kept['batch_size']} on {kept['device']}, of {len(kept['rows'])} sizes that were tried: {fitted[kept['batch_size']]}"
+    tried = ", ".join(f"{row['batch_size']} " + (f"takes {row['peak_bytes']/2**20:,.0f} MiB" if row["fits"] else "does not fit") for row in kept["rows"])
+    return f"batch size {kept['batch_size']} on {kept['device']}; of those tried {tried}"
 
 def _first(config, *names):
     "The first of these keys that a configuration or its group `training` has."
