@@ -158,7 +158,7 @@ def test_the_command(place, client, tmp_path, capsys):
     (tmp_path/"images.csv").write_text(f"id,href\ngood,{image}\nbad,cut.tif\n")
     for found in ("1 mapped, 1 failed", "1 kept, 1 failed"):
         code, said, error = geolab(capsys, run, tmp_path/"images.csv", tmp_path/"maps", "--cluster", address)
-        assert code == 1 and "2 images: " in said and all(part in said for part in found.split(", ")) and error.startswith("geolab: bad: cannot read")
+        assert code == 1 and "2 images: " in said and all(part in said for part in found.split(", ")) and "geolab: bad: cannot read" in error
     assert (tmp_path/"maps"/"good.tif").read_bytes() == (tmp_path/"alone.tif").read_bytes() and names(tmp_path/"maps") == ["good.tif", "maps.jsonl"]
 
 
