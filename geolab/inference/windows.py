@@ -104,12 +104,14 @@ def draw_map(
         for i in range(len(draft.ends) if watch else 0): # what was finished by an earlier call
             kept = draft.read(len(layers), i, np.float32, source.channels, info.width) if any(w.logits for w in watch) else None
             _tell(watch, plan.rows[i], kinds[0], draft.read(0, i, kinds[0].dtype, len(kinds[0].names), info.width), kept)
-        for k, (logits, wanted) in zip(missing, rows(missing)):
+        k = missing.start
+        for logits, wanted in rows(missing) if missing else ():
             n = plan.band(k)
             logits[:len(carry)] += carry
             if written: written.result()
             carry = logits[n:].copy() # and not a view that keeps the whole row
             written = writer.submit(_draw_band, draft, layers, watch, logits[:n], wanted[:n], carry, plan.rows[k])
+            k += 1; del logits, wanted # or they would be held while the next row is computed
         if written: written.result()
         if source.stamp() != stamp: raise DataError(f"{info.path} was changed while it was mapped; map it again")
         for w in watch: w.finish()
