@@ -14,7 +14,7 @@ from typing import Mapping, Sequence
 from ..core import ConfigError, DataError
 from ..data.raster import read_info
 from ..data.terrain import StackPlan, named_paths, pair_auxiliary, write_stack
-from ..inference.windows import predict_raster
+from ..inference.windows import _check_destination, predict_raster
 from ..nn.fusion import GivenModalities
 from ..training.runs import Run
 
@@ -57,6 +57,8 @@ def predict_image(
     rasters = {name: pair_auxiliary([info], spec, name)[0][0] for name, spec in beside.items()}
     for name, raster in rasters.items():
         if raster.dtype != about["dtypes"][name]: raise DataError(f"{raster.path} holds {raster.dtype}, {name} in training held {about['dtypes'][name]}; convert it to the same numbers")
+    for raster in (info, *rasters.values()): _check_destination(raster, Path(target), 4*info.height*info.width, kwargs.get("overwrite", False))  # `predict_raster` sees the stack alone, and late
+    Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
     if without: warnings.warn(f"mapped without {', '.join(without)}: calibration, threshold and certificate were made with every modality and do not hold for {Path(target).name}", stacklevel=2)
     with tempfile.TemporaryDirectory(dir=Path(target).absolute().parent, prefix=".stack-") as aside:
         return predict_raster(mapper, write_stack(plan, info, rasters, Path(aside)/f"{info.path.stem}.tif", without=without), target, **kwargs)
