@@ -111,7 +111,7 @@ def run_trials(
 ) -> dict: # Settings of the best trial
     "Run trials until there are as many as stated."
     optuna = require_extra("optuna", "sweep")
-    State, metric = optuna.trial.TrialState, study.user_attrs["metric"]
+    State, metric, lacking = optuna.trial.TrialState, study.user_attrs["metric"], []
     while True:
         trials = study.get_trials(deepcopy=False)
         begun = next((t for t in trials if t.state == State.RUNNING), None)  # a process died in it: only one is at work here
@@ -123,7 +123,10 @@ def run_trials(
         say(f"trial {number + 1}/{search.trials}{'' if begun is None else ', continued'}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()))
         known = set(begun.intermediate_values) if begun else set()
         def report(row):
-            if (value := row.get(metric)) is None: return
+            if metric not in row:
+                lacking.append(ConfigError(f"no `{metric}` in the history; there are {', '.join(k for k in row if k.startswith('val_'))}"))
+                raise lacking[0]
+            if (value := row[metric]) is None: return
             if row["epoch"] not in known: trial.report(value, row["epoch"])
             known.add(row["epoch"])
             if search.prune and trial.should_prune(): raise optuna.TrialPruned(f"behind the median at epoch {row['epoch']}")
@@ -135,6 +138,7 @@ def run_trials(
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             study.tell(trial, state=State.FAIL)
             say(f"  failed: {error}")
+            if lacking: raise lacking[0] from None  # no other trial would have it either
         else:
             study.tell(trial, value)
             say(f"  {metric} {value:.4g}, best so far {study.best_value:.4g}")
