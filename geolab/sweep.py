@@ -159,7 +159,9 @@ def read_matrix(
     rows = {row: merged(m.base, settings or {}) for row, settings in m.rows.items()}
     for combination in itertools.product(*m.axes.values()) if m.axes else ():
         pairs = dict(zip(m.axes, combination))
-        rows[re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{k}={v}" for k, v in pairs.items()))] = merged(m.base, pairs)
+        row = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{k}={v}" for k, v in pairs.items()))
+        if row in rows: raise ConfigError(f"two rows would be called {row}; write one of them under `rows`, with a name of its own")
+        rows[row] = merged(m.base, pairs)
     rows = rows or {"baseline": m.base}
     matrix = Matrix(name, m, import_module(f"geolab.recipes.{m.recipe}"), rows)
     if m.baseline is not None and m.baseline not in rows: raise ConfigError(f"the baseline `{m.baseline}` is not a row; there are {', '.join(rows)}")
@@ -287,7 +289,7 @@ def run_search(
         _go(matrix, folder, merged(m.base, settings), m.seeds[0], Path(out)/"logs"/f"trial_{number:03d}.txt", lambda text: None, track, parent, f"trial {number}",
             until=getattr(matrix.module, "TRAINED", "train"), **(dict(on_epoch=report) if handed else {}))
         rows = read_json(folder/"history.json")
-        if m.search.metric not in rows[0]: raise ConfigError(f"no `{m.search.metric}` in the history; there are {', '.join(k for k in rows[0] if k.startswith('val_'))}")
+        report(dict.fromkeys(rows[0]))  # refuses a metric that is not there, where the recipe hands on no epochs
         values = [row[m.search.metric] for row in rows if row[m.search.metric] is not None]
         if not values: raise RunError(f"{m.search.metric} was undefined in all epochs")
         return (min if "loss" in m.search.metric else max)(values)
@@ -315,7 +317,7 @@ def tabulate(
     runs = {row: runs[row] for row in matrix.rows if row in runs}
     baseline = matrix.baseline if matrix.baseline in runs and len(runs) > 1 else None
     found = Comparison(runs, precision=m.precision, ratio=m.ratio, confidence=m.confidence).table(baseline)
-    how = f"Each number is the mean over the row's seeds. Its {m.confidence:.0%} interval is a hierarchical bootstrap: seeds are redrawn, then the test blocks of each drawn seed's run; where a row has one seed, blocks only. " \
+    how = f"Each number is the mean over the row's seeds. Its {m.confidence:.0%} interval is a hierarchical bootstrap: seeds are redrawn, then the test blocks of each drawn seed's run, once for all where these are the same; where a row has one seed, blocks only. Each interval stands for itself: of many rows some differ from {baseline or 'another'} by chance. " \
           f"A gain is the difference from {baseline}, redrawn with the same seeds and the same blocks. Recall at precision {m.precision:g} is read off the test curve, 0 where no threshold reaches it; IoU holds at each run's own threshold. " \
           + ("Positives are as rare as in the test blocks." if m.ratio is None else f"One tile with positives to {m.ratio.negative/m.ratio.positive:g} without.")
     write_comparison(out, found, title=f"{matrix.name}: {m.recipe}, {m.profile}", baseline=baseline, precision=m.precision, notes={"How": how, "Failed": "\n".join(f"{cell}: {error}" for cell, error in failed.items())})
