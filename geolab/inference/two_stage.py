@@ -79,6 +79,7 @@ def warp_gate(
     gate, image = (x if isinstance(x, RasterInfo) else read_info(x) for x in (gate, image))
     if gate.count != 1: raise DataError(f"gate {gate.path} has {gate.count} bands; one band of susceptibilities is expected")
     if resampling not in (known := ("nearest", "bilinear", "cubic", "average", "max")): raise ConfigError(f"`resampling` is one of {', '.join(known)}, got {resampling!r}")
+    if Path(dst).exists() and any(Path(dst).samefile(r.path) for r in (gate, image)): raise ConfigError(f"{dst} is both source and destination; choose another name")
     left, bottom, right, top = transform_bounds(gate.crs, image.crs, *gate.bounds)
     if not shapely.box(left, bottom, right, top).intersects(shapely.box(*image.bounds)): raise DataError(f"{gate.path} lies elsewhere than {image.path}: they share no ground; check the CRS of both")
     here = dict(crs=image.crs, transform=image.transform, width=image.width, height=image.height)
@@ -411,4 +412,5 @@ def predict_gated(
 ) -> Path: # `dst`; NaN, or the largest whole number, where nothing was searched
     "Map what lies behind an open gate, and run the network nowhere else."
     gate, = open_gates([src], gate.path if isinstance(gate, RasterInfo) else gate)
+    if Path(dst).exists() and Path(dst).samefile(gate.path): raise ConfigError(f"{dst} is both the gate and the destination; choose another name for the map")
     return predict_raster(run, src, dst, aoi=gate_area(gate, cut, aoi), **kwargs)
