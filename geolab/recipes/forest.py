@@ -110,7 +110,7 @@ class ForestConfig(Config):
     min_object_pixels: int = Field(4, ge=1)
     object_iou: float = Field(.5, gt=0, le=1)
     map_tile: int = Field(128, ge=16)           # Side of a window of the map, in pixels
-    overlap: float = Field(.25, ge=0, lt=1)
+    overlap: float = Field(.25, ge=0, le=.75)
     cache_mb: float = Field(1024, ge=0)         # Memory for tiles that were read
     random_seed: int = 42
     labels: DatedLabelsConfig = DatedLabelsConfig()

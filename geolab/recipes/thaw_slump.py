@@ -62,7 +62,7 @@ class ThawSlumpConfig(GuideConfig):
     max_recall_loss: float = Field(.05, gt=0, lt=1)  # Two stages: share of the recall that the gate may lose
     min_object_pixels: int = Field(1, ge=1)
     object_iou: float = Field(.5, gt=0, le=1)
-    overlap: float = Field(.25, ge=0, lt=1)     # Share by which windows of the map overlap
+    overlap: float = Field(.25, ge=0, le=.75)   # Share by which windows of the map overlap
     labels: LabelsConfig = LabelsConfig()
     split: SplitConfig = SplitConfig()
     world: WorldConfig = WorldConfig()
