@@ -6,14 +6,15 @@
 __all__ = ['Without', 'predict_image']
 
 # %% ../../nbs/recipes/85_new_images.ipynb #f8d4ecbd
-import tempfile, warnings
+import os, shutil, warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, content_hash
 from ..data.raster import read_info
 from ..data.terrain import StackPlan, named_paths, pair_auxiliary, write_stack
+from ..inference.drafts import MapDraft
 from ..inference.windows import _check_destination, predict_raster
 from ..nn.fusion import GivenModalities
 from ..training.runs import Run
@@ -58,7 +59,9 @@ def predict_image(
     for name, raster in rasters.items():
         if raster.dtype != about["dtypes"][name]: raise DataError(f"{raster.path} holds {raster.dtype}, {name} in training held {about['dtypes'][name]}; convert it to the same numbers")
     for raster in (info, *rasters.values()): _check_destination(raster, Path(target), 4*info.height*info.width, kwargs.get("overwrite", False))  # `predict_raster` sees the stack alone, and late
-    Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
     if without: warnings.warn(f"mapped without {', '.join(without)}: calibration, threshold and certificate were made with every modality and do not hold for {Path(target).name}", stacklevel=2)
-    with tempfile.TemporaryDirectory(dir=Path(target).absolute().parent, prefix=".stack-") as aside:
-        return predict_raster(mapper, write_stack(plan, info, rasters, Path(aside)/f"{info.path.stem}.tif", without=without), target, **kwargs)
+    aside, states = Path(target).with_name(f".{Path(target).name}.stack"), [[str(Path(r.path).resolve()), os.stat(r.path).st_size, os.stat(r.path).st_mtime_ns] for r in (info, *rasters.values())]
+    stack = aside/content_hash([plan.to_dict(), sorted(without), states])/f"{info.path.stem}.tif"
+    try: return predict_raster(mapper, stack if stack.exists() else write_stack(plan, info, rasters, stack, without=without), target, **kwargs)
+    finally:
+        if not MapDraft(target, "").folder.exists(): shutil.rmtree(aside, ignore_errors=True)  # else the next call continues with the same stack
