@@ -25,7 +25,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, xlogy
 
-from ..core import ConfigError, DataError, atomic_file
+from ..core import ConfigError, DataError, RunError, atomic_file
 from ..data.raster import RasterInfo, raster_windows, read_info
 from .drafts import read_values
 
@@ -295,10 +295,10 @@ class PolygonFiles:
     ):
         self.folder, self.stem, self.crs, self.suffixes, self.part = Path(folder), stem, crs, tuple(_known(suffixes)), part
         self.held, self.first, self.parts = [], [], self.folder/f".{stem}.parts"
-        shutil.rmtree(self.parts, ignore_errors=True)
 
     def add(self, table: gpd.GeoDataFrame): # With `first`, as `Outliner.band` gives it
         "Take in some polygons."
+        if not self.first: shutil.rmtree(self.parts, ignore_errors=True)  # what another call left; not before the first table, as the map that gives them is locked by then
         self.first.append(table["first"].to_numpy()); self.held.append(table)
         if sum(map(len, self.held)) >= self.part: self._flush()
 
@@ -316,11 +316,12 @@ class PolygonFiles:
             done += len(table)
             plain = pd.DataFrame(table.drop(columns=["first", "geometry"])); plain.insert(0, "id", 1 + np.searchsorted(first, table["first"]))
             yield pa.RecordBatch.from_pandas(plain.assign(geometry=table.geometry.to_wkb()), preserve_index=False)
+        if done != len(first): raise RunError(f"{self.parts} holds {done} of {len(first)} polygons; another process wrote there: draw the map again")
 
     def finish(self) -> tuple[Path, ...]: # The files, in the order of `suffixes`
         "Join the parts; each file is whole or absent."
-        if not self.held and not self.parts.exists(): raise DataError("no table was added; an empty one says which columns there are")
-        if self.held: self._flush()
+        if not self.first: raise DataError("no table was added; an empty one says which columns there are")
+        if sum(map(len, self.held)) or not self._pieces(): self._flush()  # a part without polygons has no kind of geometry
         paths, schema = tuple(self.folder/f"{self.stem}{s}" for s in self.suffixes), next(self._batches()).schema
         geo = dict(version="1.0.0", primary_column="geometry", columns=dict(geometry=dict(encoding="WKB", geometry_types=["Polygon", "MultiPolygon"], crs=self.crs.to_json_dict())))
         try:
