@@ -110,6 +110,10 @@ def test_a_mosaic_gives_the_bytes_of_one_raster(tmp_path, scene):
     conv = nn.Conv2d(2, 1, 3, padding=1)
     draw(conv, scene, tmp_path/"one.tif", tile=32, overlap=.5); draw(conv, tmp_path/"mosaic.vrt", tmp_path/"many.tif", tile=32, overlap=.5)
     assert (tmp_path/"one.tif").read_bytes() == (tmp_path/"many.tif").read_bytes()
+    stamp = WindowSource(read_info(tmp_path/"mosaic.vrt"), plan_windows(71, 103, 32)).stamp
+    before = stamp()
+    os.utime(tmp_path/"part2.tif", ns=(0, 0))
+    assert len(before) == 15 and stamp() != before                       # a part of the mosaic was changed: its map is another one
 
 
 def test_across_the_date_line_and_over_the_pole(tmp_path):

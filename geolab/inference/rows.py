@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 
 import geopandas as gpd
 import numpy as np
+import rasterio
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -108,10 +109,10 @@ class WindowSource:
         if self.scale is not None: image = self.scale.apply(image, valid)
         return image, valid if self.aoi is None or not valid.any() else valid & (rasterise(self.aoi, self.info, *place) > 0)
 
-    def stamp(self) -> list: # Path, size and time of the raster
+    def stamp(self) -> list: # Path, size and time of the raster; then of the files that a mosaic (VRT) is made of
         "What changes when the raster does."
-        state = os.stat(self.info.path)
-        return [str(Path(self.info.path).resolve()), state.st_size, state.st_mtime_ns]
+        with rasterio.open(self.info.path) as src: parts = sorted({*src.files} - {src.name}) if src.driver == "VRT" else []
+        return [value for path in (self.info.path, *parts) for state in [os.stat(path)] for value in (str(Path(path).resolve()), state.st_size, state.st_mtime_ns)]
 
 # %% ../../nbs/inference/39_rows.ipynb #fcdc344c
 class RowScores(NamedTuple):
