@@ -358,7 +358,7 @@ def evaluate(self: Work):
     logits, t = {key: found.logit for key, found in thresholds.items() if key != "map"}, run.threshold
     metrics = {part: summary(scores[part], t.logit, logits, c.ratio_unit, c.confidence) for part in scores}
     logistic = pixel_logistic(self.tiles(run, "train"), self.tiles(run, "test", own=True), seed=c.random_seed)
-    baselines = trivial_baselines(scores["test"]) | dict(pixel_logistic=summary(logistic, None, logits, c.ratio_unit, c.confidence))
+    baselines = trivial_baselines(scores["test"]) | dict(pixel_logistic=summary(logistic, None, list(logits), c.ratio_unit, c.confidence))
     metrics |= dict(baselines=baselines, threshold=dict(logit=t.logit, probability=t.probability))
     def window(*place):
         sample, probability, valid = self.on_the_map(*place)
