@@ -242,6 +242,7 @@ def finish(self: MapDraft,
         for i, (layer, _) in reversed(list(enumerate(layers))): self._name(self.folder/f"map{i}.tif", Path(layer.path), layer.legend)
     except (RasterioError, CPLE_BaseError, OSError) as error:
         raise GeolabError(f"cannot write {self.path}: {error}; its rows are kept, and the same call continues") from error
+    (self.folder/"journal").unlink(missing_ok=True) # first, so that a draft of which a kill leaves a part is not continued
     shutil.rmtree(self.folder, ignore_errors=True) # the map is there; a network drive keeps the open lock until this process ends
 
 @patch
