@@ -260,7 +260,8 @@ def test_a_tracked_run_and_its_faults(run, tmp_path):
 
 # ---- the command
 
-def test_the_command_prints_and_exits(maps, tmp_path):
+def test_the_command_prints_and_exits(maps, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")  # wide enough for the names of the lines
     done = CliRunner().invoke(app, ["check", str(maps)])
     assert done.exit_code == 1 and "Spatial blocking verified" in done.output and "failed" in done.output
     found = json.loads(CliRunner().invoke(app, ["check", str(maps), "--json"]).output)
