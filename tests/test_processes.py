@@ -20,7 +20,7 @@ from geolab.core import GeolabError
 from geolab.data.sampling import RatioSampler
 from geolab.evaluation.metrics import average_precision
 from geolab.nn.losses import build_loss
-from geolab.training.epochs import load_state, sha256_of
+from geolab.training.epochs import load_state, state_sha256
 from geolab.training.fit import FitConfig, fit, score_dataset
 from test_resume import Squares
 
@@ -43,7 +43,7 @@ def network(norm, seed=0):
     return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), between, nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
 
 
-def train(out, *, norm="group", data=Squares, ratio=False, loss=FOCAL, initial=0, trainer=None, **changes):
+def train(out, *, norm="group", data=Squares, ratio=False, loss=FOCAL, initial=0, score=average_precision, trainer=None, **changes):
     "Train on 29 tiles; leaves weights, history, warnings and the last histogram in `out`."
     rank = int(os.environ.get("RANK", 0))
     out = Path(out)
@@ -54,7 +54,7 @@ def train(out, *, norm="group", data=Squares, ratio=False, loss=FOCAL, initial=0
     def metrics(histogram):
         out.mkdir(parents=True, exist_ok=True)
         np.save(out/f"counts {rank}.npy", histogram.counts)
-        return dict(ap=average_precision(histogram))
+        return dict(ap=score(histogram))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = fit(net, loss, data(29, .3), Squares(9), config, sampler=sampler, out=out, seed=3, val_metrics=metrics, progress=False, trainer_kwargs=trainer)
@@ -62,7 +62,7 @@ def train(out, *, norm="group", data=Squares, ratio=False, loss=FOCAL, initial=0
     (out/f"said {rank}.json").write_text(json.dumps([str(x.message) for x in caught if "step is left out" in str(x.message)]))
     last = load_state(out/"checkpoints/last.ckpt")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
-    (out/f"hash {rank}.txt").write_text(sha256_of([net.state_dict(), last["network"], last["optimizer"], rows, result.best_epoch]))
+    (out/f"hash {rank}.txt").write_text(state_sha256([net.state_dict(), last["network"], last["optimizer"], rows, result.best_epoch]))
 
 
 def share(rank, port, out, *, nodes=1, **kwargs):
@@ -163,6 +163,38 @@ def test_one_is_killed_and_two_resume(who, step, both, straight, tmp_path):
     assert load_state(tmp_path/"checkpoints/last.ckpt")["epoch"] == (step - 1)//STEPS
     assert both(share, tmp_path, norm="batch", batch_size=4, ratio=True, initial=7) == [0, 0]
     assert hashes(tmp_path) == straight
+
+
+def dies_at(out, name, before):
+    "Train, and die just before or after a file of the second epoch takes its final name."
+    rename, seen = os.replace, []
+    number = 3 if name in ("last.ckpt", "history.json") else 2  # these are written once before the first epoch
+
+    def replace(a, b):
+        if Path(b).name == name: seen.append(1)
+        here = Path(b).name == name and len(seen) == number
+        if here and before: os.kill(os.getpid(), signal.SIGKILL)
+        rename(a, b)
+        if here: os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+    train(out)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["best.next.safetensors", "last.ckpt", "best.safetensors", "history.json"])
+def test_the_best_weights_are_those_of_the_checkpoint_after_any_kill(name, before, context, tmp_path):
+    "The epochs after a kill need not be those before it; the best weights are the ones that the checkpoint names all the same."
+    p = context.Process(target=dies_at, args=(tmp_path, name, before))
+    p.start()
+    p.join(120)
+    assert p.exitcode == -signal.SIGKILL
+    done = load_state(tmp_path/"checkpoints/last.ckpt")
+    assert done["epoch"] == done["best_epoch"] == (1 if name == "best.next.safetensors" or name == "last.ckpt" and before else 2)
+    train(tmp_path, loss=lambda logits, target, valid: FOCAL(-logits, target, valid=valid), score=lambda histogram: 0.)  # stands for kernels that sum differently each time
+    last = load_state(tmp_path/"checkpoints/last.ckpt")
+    assert (last["epoch"], last["best_epoch"], last["best_sha256"]) == (EPOCHS, done["best_epoch"], done["best_sha256"])
+    assert state_sha256(weights(tmp_path)) == last["best_sha256"]
+    assert sorted(x.name for x in (tmp_path/"checkpoints").iterdir() if not x.name.startswith(".")) == ["best.safetensors", "last.ckpt"]
 
 
 def test_another_number_of_processes_is_refused(both, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['FitConfig', 'image_logits', 'blocks_of', 'score_dataset', 'FitResult', 'fit']
 
 # %% ../../nbs/training/50_fit.ipynb #11b0492c
-import json, logging, math, random, signal, threading, time, warnings
+import json, logging, math, os, random, signal, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ..core import Config, ConfigError, DataError, GeolabError, RunError, content_hash, nearest, progress as progress_bar, seed_everything, to_json
 from ..evaluation.scores import ScoreHistogram
-from .epochs import EpochBatches, checkpoint_file, end_workers, load_state, save_state, seed_of, sha256_of, smaller_is_better
+from .epochs import EpochBatches, checkpoint_file, end_workers, load_state, save_state, seed_of, state_sha256, smaller_is_better
 
 # %% ../../nbs/training/50_fit.ipynb #a701111c
 class FitConfig(Config):
@@ -140,7 +140,7 @@ class _Journal:
     "What a training has done so far, and the files that hold it."
     def __init__(self, out, config, call):
         self.out, self.folder, self.config = Path(out), Path(out)/"checkpoints", config
-        self.last, self.best = self.folder/"last.ckpt", self.folder/"best.safetensors"
+        self.last, self.best, self.next = (self.folder/name for name in ("last.ckpt", "best.safetensors", "best.next.safetensors"))
         self.state = dict(version=1, call=call, epoch=0, history=[], best_epoch=0, best_metric=None, best_sha256=None, waited=0, stopped=None)
         if not self.last.exists(): return
         state = load_state(self.last)
@@ -149,6 +149,15 @@ class _Journal:
         if different := _differences(dict(version=state.get("version"), **stored), dict(version=1, **call)):
             raise RunError(f"{self.folder} holds another training ({'; '.join(different)}); give another `out`, or delete that folder to start anew")
         self.state = state
+        try: weights = load_file(self.next)
+        except (OSError, SafetensorError): return
+        if state_sha256({k: weights[k] for k in state["network"] if k in weights}) == state["best_sha256"]: self.keep()  # killed just before it
+        else: self.next.unlink(missing_ok=True)  # of an epoch that will be repeated
+
+    def keep(self):
+        "What was written aside becomes the best weights: the checkpoint names them now."
+        try: os.replace(self.next, self.best)
+        except FileNotFoundError: pass  # another process of the training was there first
 
     def better(self, value):
         "Whether a metric improves on the best so far."
@@ -162,12 +171,13 @@ class _Journal:
         s.update(epoch=row["epoch"], history=[*s["history"], row], waited=s["waited"] + 1)
         if self.better(row[metric]):
             weights = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in network.state_dict().items()}
-            s.update(best_epoch=row["epoch"], best_metric=row[metric], best_sha256=sha256_of(weights), waited=0)
+            s.update(best_epoch=row["epoch"], best_metric=row[metric], best_sha256=state_sha256(weights), waited=0)
             if writer:
-                with checkpoint_file(self.best) as aside: save_file(weights, aside)
+                with checkpoint_file(self.next) as aside: save_file(weights, aside)
         if s["waited"] >= self.config.early_stopping_patience: s["stopped"] = f"{metric} did not improve for {s['waited']} epochs"
         elif s["epoch"] >= self.config.max_epochs: s["stopped"] = f"all {s['epoch']} epochs are done"
         if writer: self.write(network, optimizer)
+        if writer and not s["waited"]: self.keep()
 
     def write(self, network, optimizer):
         save_state(self.last, self.state | dict(network=network.state_dict(), optimizer=optimizer.state_dict()))
@@ -179,7 +189,7 @@ class _Journal:
             raise GeolabError(f"{self.config.early_stopping_metric} was undefined in all {self.state['epoch']} epochs, so no epoch is the best; are there positives among the validation tiles?")
         try: weights = load_file(self.best)
         except (OSError, SafetensorError) as error: raise RunError(f"{self.best} cannot be read ({error}); delete {self.folder} to train anew") from error
-        if sha256_of({k: weights[k] for k in network.state_dict() if k in weights}) != self.state["best_sha256"]:
+        if state_sha256({k: weights[k] for k in network.state_dict() if k in weights}) != self.state["best_sha256"]:
             raise RunError(f"{self.best} is not what epoch {self.state['best_epoch']} wrote; delete {self.folder} to train anew")
         network.load_state_dict(weights)
         network.eval()
