@@ -295,6 +295,8 @@ def test_a_folder_that_is_not_writable(run):
 def test_no_space_before_the_first_window(tmp_path, run, scene, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=50_000))
     refuse(run, GeolabError, "no space left .*: needs about 1 MB, 0 MB are free", scene, tmp_path/"map.tif")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3*4*71*103 + 1000))  # enough for the map, not for the logits that a watcher wants kept
+    refuse(run, GeolabError, "no space left", scene, tmp_path/"map.tif", watch=[SimpleNamespace(logits=True)])
 
 
 @pytest.mark.parametrize("file", ["rows0", "map0.tif"])

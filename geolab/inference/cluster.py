@@ -29,9 +29,9 @@ import torch
 from .. import __version__
 from ..core import ConfigError, DataError, GeolabError, RunError, content_hash, progress as progress_bar, require_extra
 from ..data.raster import SUFFIXES, find_images
-from .drafts import kind_of
+from .drafts import MapDraft, kind_of
 from .rows import RowScores, WindowSource, score_row
-from .windows import draw_map, plan_raster, ready_score, score_rows
+from .windows import _draw_key, draw_map, plan_raster, ready_score, score_rows
 from ..training.runs import Run
 
 # %% ../../nbs/inference/84_cluster.ipynb #fdc7a7ce
@@ -234,25 +234,20 @@ def _source_key(source):
     scale, aoi = source.scale and source.scale.to_dict(), None if source.aoi is None else sha256(b"".join(source.aoi.geometry.to_wkb())).hexdigest()
     return content_hash([source.stamp(), source.bands, scale, source.plan.hash, source.channels, aoi])
 
-def _between(dst): return Path(dst).with_name(f".{Path(dst).name}.rows")
 
 def _plan(run, src, dst, device, batch_size, settings):
     "`plan_raster` for a device that may be elsewhere."
-    source, layers, (tags, _) = plan_raster(run, Path(src).absolute(), dst, device="cpu", batch_size=batch_size or (1 if device == "cpu" else 8), **settings)
+    source, layers, (tags, *_) = plan_raster(run, Path(src).absolute(), dst, device="cpu", batch_size=batch_size or (1 if device == "cpu" else 8), **settings)
     return source, layers, tags
 
 def _draw_on(client, run, source, layers, tags, device, overwrite, threads, watch=(), **kwargs):
     "Draw the map of a run with rows of a cluster."
-    dst = Path(layers[0].path)
-    between, name = _between(dst), content_hash([_source_key(source), source.batch_size, tags["GEOLAB_WEIGHTS"], device, threads, __version__, torch.__version__])
-    if dst.exists() and not overwrite: shutil.rmtree(between, ignore_errors=True) # of a driver that was killed when the map had just got its name
+    between, name = MapDraft(layers[0].path, "").between, content_hash([_source_key(source), source.batch_size, tags["GEOLAB_WEIGHTS"], device, threads, __version__, torch.__version__])
     def rows(missing): # draw_map holds the lock by now
         for old in between.glob("*"): old.name == name or shutil.rmtree(old)
         return drawn(missing)
     drawn = cluster_rows(client, partial(open_run, str(Path(run.path).resolve()), run.spec["sha256"], device), source, between/name, threads=threads, **kwargs)
-    path = draw_map(rows, source, layers, key=[tags, device], overwrite=overwrite, watch=watch)
-    shutil.rmtree(between, ignore_errors=True)
-    return path
+    return draw_map(rows, source, layers, key=_draw_key(tags, device, threads), overwrite=overwrite, watch=watch)
 
 def _loaded(run): return Run.load(run.path, partial=True) if isinstance(run, Run) else Run.load(run) # as it is on the disk, where workers will find it
 
@@ -328,10 +323,9 @@ def image_table(
     return table.assign(id=ids, href=[str((base/href).absolute()) for href in hrefs]).reset_index(drop=True)
 
 # %% ../../nbs/inference/84_cluster.ipynb #4946dda5
-def _state(path):
-    "Size and time of a file; `None` without one."
-    if not Path(path).exists(): return None
-    return [(s := os.stat(path)).st_size, s.st_mtime_ns]
+def _states(layers):
+    "Size and time of the file of each layer; `None` without one."
+    return [[(s := os.stat(layer.path)).st_size, s.st_mtime_ns] if Path(layer.path).exists() else None for layer in layers]
 
 def _record(path):
     "Last line of each map in the record; a line cut short is none."
@@ -351,13 +345,15 @@ def _one_image(image, out, entries, plan, draw, classes, overwrite):
     try:
         source, layers, tags = plan(image.href, dst, dict(classes=out/f"{image.id}_class.tif") if classes else {})
         key = content_hash([_source_key(source), [[*map(str, kind_of(layer)), dict(layer.tags)] for layer in layers]])
-        was, now = entries.get(image.id, {}), _state(dst)
-        if was.get("key") == key and now and now != was["before"]:
-            shutil.rmtree(_between(dst), ignore_errors=True)
+        was, now = entries.get(image.id, {}), _states(layers)
+        same, made = was.get("key") == key, was.get("made")
+        if same and None not in now and (now == made or was["state"] == "begun" and now[0] != was["before"]): # the map takes its name last
+            if now != made: _note(record, was | dict(state="mapped", error=None, made=now))
             return was | dict(state="kept", error=None)
-        entry |= dict(key=key, before=now); _note(record, entry | dict(state="begun"))
-        draw(source, layers, tags, overwrite)
-        entry |= dict(state="mapped", seconds=round(time.monotonic() - start, 2))
+        ours = bool(same and made) and all(state in (None, of_it) for state, of_it in zip(now, made)) # nobody changed what is still there
+        entry |= dict(key=key, before=now[0], made=made if ours else None); _note(record, entry | dict(state="begun"))
+        draw(source, layers, tags, overwrite or ours)
+        entry |= dict(state="mapped", made=_states(layers), seconds=round(time.monotonic() - start, 2))
     except ClusterLost: raise
     except GeolabError as error:
         if isinstance(error, ConfigError) and "key" not in entry: raise # a setting, not the image
@@ -399,7 +395,7 @@ def predict_images(
         if cluster is None:
             device = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
             score = stack.enter_context(ready_score(run.model, device))
-            draw = lambda source, layers, tags, overwrite: draw_map(score_rows(score, source, False), source, layers, key=[tags, device], overwrite=overwrite)
+            draw = lambda source, layers, tags, overwrite: draw_map(score_rows(score, source, False), source, layers, key=_draw_key(tags, device), overwrite=overwrite)
         else:
             client = stack.enter_context(connect(cluster, patience))
             device = check_workers(client, device, patience)

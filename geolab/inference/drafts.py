@@ -7,6 +7,7 @@ __all__ = ['Legend', 'MapDraft', 'check_legend_values', 'qgis_style', 'Layer', '
 
 # %% ../../nbs/inference/38_drafts.ipynb #886ce9c5
 import os, re, shutil, warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -53,6 +54,7 @@ class MapDraft:
     ):
         self.path, self.key = Path(path), key
         self.folder = self.path.with_name(f".{self.path.name}.draft")
+        self.between = self.path.with_name(f".{self.path.name}.rows") # Where the workers of a cluster leave what is not drawn yet
         self.ends = [] # Where each finished band ends: the number of rows up to there
 
     def journal(self) -> list[int]: # As `ends`; empty if the draft has another key
@@ -233,6 +235,9 @@ def finish(self: MapDraft,
     "Make the draft GeoTIFFs under their final names."
     rows = self.ends[-1] if self.ends else 0
     if rows != info.height: raise RunError(f"{self.path} is not finished: {rows} of {info.height} rows are")
+    for store in self.between.glob("*"): # all rows are in the draft, so those of a cluster have served, whoever drew the last ones
+        if re.fullmatch("[0-9a-f]{16}", store.name): shutil.rmtree(store, ignore_errors=True)
+    with suppress(OSError): self.between.rmdir() # but for what somebody else put there
     try:
         for i, (layer, kind) in enumerate(layers):
             (self.folder/f"map{i}.vrt").write_text(_vrt(info, layer, kind, f"rows{i}"), encoding="utf-8")

@@ -42,7 +42,7 @@ def _aoi_on(aoi, info):
     if not aoi.intersects(shapely.box(*info.bounds)).any(): raise DataError(f"the area of interest does not meet {info.path}; check its CRS")
     return aoi
 
-def _check_destination(info, dst, nbytes, overwrite):
+def _check_destination(info, dst, nbytes, overwrite, beside=0):
     "Refuse what would fail, or destroy something, after hours of work."
     if dst.suffix.lower() not in (".tif", ".tiff"): raise ConfigError(f"a map is a GeoTIFF, so its name ends in .tif, got {dst.name}")
     try:
@@ -50,7 +50,7 @@ def _check_destination(info, dst, nbytes, overwrite):
         if dst.is_dir() or (dst.exists() and not overwrite): raise ConfigError(f"{dst} exists; choose another name or ask for `overwrite=True`")
         parent = next(p for p in dst.absolute().parents if p.exists())
         if not os.access(parent, os.W_OK): raise ConfigError(f"cannot write into {parent}: permission denied")
-        needed = 3*nbytes - sum(f.stat().st_size for f in MapDraft(dst, "").folder.glob("*")) # rows, the compressed map at its worst, overviews
+        needed = 3*nbytes + beside - sum(f.stat().st_size for f in MapDraft(dst, "").folder.glob("*")) # rows, the compressed map at its worst, overviews
         free = shutil.disk_usage(parent).free
     except OSError as error: raise ConfigError(f"cannot write into {dst.parent}: {error.strerror}") from error
     if needed > free: raise GeolabError(f"no space left for {dst}: needs about {math.ceil(needed/1e6)} MB, {free//10**6} MB are free in {parent}")
@@ -91,19 +91,19 @@ def draw_map(
 ) -> Path: # Path of the first layer
     "Draw a map from its rows of windows; a broken-off call is continued by the next one."
     info, plan, kinds = source.info, source.plan, [kind_of(layer, source.channels) for layer in layers]
-    stamp, layers = source.stamp(), [(layer, kind) for layer, kind in zip(layers, kinds)]
+    stamp, layers, logits_too = source.stamp(), [(layer, kind) for layer, kind in zip(layers, kinds)], any(w.logits for w in watch)
     key = content_hash(dict(key=uuid.uuid4().hex if key is None else key, source=stamp, bands=source.bands, scale=source.scale and source.scale.to_dict(), plan=[plan.hash, source.batch_size], channels=source.channels,
-        aoi=None if source.aoi is None else hashlib.sha256(b"".join(source.aoi.geometry.to_wkb())).hexdigest(), made_by=[__version__, torch.__version__], logits=any(w.logits for w in watch),
+        aoi=None if source.aoi is None else hashlib.sha256(b"".join(source.aoi.geometry.to_wkb())).hexdigest(), made_by=[__version__, torch.__version__], logits=logits_too,
         layers=[[str(layer.path), *map(str, kind), dict(layer.tags), layer.legend and [[int(v), *entry] for v, entry in layer.legend.items()]] for layer, kind in layers]))
-    nbytes = [info.height*info.width*len(kind.names)*kind.dtype.itemsize for kind in kinds]
+    nbytes, kept = [info.height*info.width*len(kind.names)*kind.dtype.itemsize for kind in kinds], logits_too*info.height*info.width*source.channels*4
     dst = Path(layers[0][0].path)
     named = MapDraft(dst, key).journal()[-1:] == [info.height] # a call that was broken off while the files took their names
-    for i, ((layer, _), size) in enumerate(zip(layers, [sum(nbytes), *nbytes[1:]])): _check_destination(info, Path(layer.path), size, overwrite or (i > 0 and named))
+    for i, ((layer, _), size) in enumerate(zip(layers, [sum(nbytes), *nbytes[1:]])): _check_destination(info, Path(layer.path), size, overwrite or (i > 0 and named), 0 if i else kept)
     with MapDraft(dst, key) as draft, rasterio.Env(GDAL_CACHEMAX=64 << 20, GDAL_PAM_ENABLED=True), ThreadPoolExecutor(1) as writer:
         carry, missing, written = draft.carry(source.channels, info.width), range(len(draft.ends), len(plan.rows)), None
         for i in range(len(draft.ends) if watch else 0): # what was finished by an earlier call
-            kept = draft.read(len(layers), i, np.float32, source.channels, info.width) if any(w.logits for w in watch) else None
-            _tell(watch, plan.rows[i], kinds[0], draft.read(0, i, kinds[0].dtype, len(kinds[0].names), info.width), kept)
+            logits = draft.read(len(layers), i, np.float32, source.channels, info.width) if logits_too else None
+            _tell(watch, plan.rows[i], kinds[0], draft.read(0, i, kinds[0].dtype, len(kinds[0].names), info.width), logits)
         k = missing.start
         for logits, wanted in rows(missing) if missing else ():
             n = plan.band(k)
@@ -220,6 +220,10 @@ def _logit_of(run, threshold):
     if threshold is None: raise ConfigError(f"there is no threshold to draw classes with: {reason}; give a logit as `threshold`")
     return float(threshold)
 
+def _draw_key(tags, device, threads=None):
+    "What the numbers of a map depend on besides its source: weights, settings, device, and on a CPU its threads, which decide in what order numbers are added."
+    return [tags, device, (threads or torch.get_num_threads()) if device == "cpu" else None]
+
 def _layer(run, path, output, threshold, dtype, tags):
     "A file that shows `output`, with tags that say how."
     if output not in ("probability", "logit", "class"): raise ConfigError(f"`output` is probability, logit or class, got {output!r}")
@@ -259,7 +263,7 @@ def plan_raster(
     bands, tile = run.scale.check(info), tile or run.tile_size
     plan = plan_windows(info.height, info.width, tile, overlap=overlap, halo=halo, multiple=1 if halo is None else _step(run, tile, halo, device))
     source = WindowSource(info, plan, bands, run.scale, None, None if aoi is None else _aoi_on(aoi, info), batch_size or (1 if device.type == "cpu" else 8))
-    return source, layers, [tags, device.type]
+    return source, layers, _draw_key(tags, device.type)
 
 def predict_raster(
     run, # A `Run`, the path of one, or what has its `model`, `scale`, `calibrator` and, for classes, `threshold` and `thresholds`
