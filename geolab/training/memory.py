@@ -99,8 +99,9 @@ def _measured(measure, most):
     for batch in _powers(most):
         try: rows.append(MemoryRow(batch, *measure(batch), True))
         except torch.cuda.OutOfMemoryError: return [*rows, MemoryRow(batch, None, None, True)]
-        except ValueError:  # batch normalisation of a single pixel per channel
+        except ValueError as error:  # batch normalisation of a single pixel per channel
             if batch > 1: raise
+            if most == 1: raise GeolabError(f"this network cannot be trained on one tile at a time ({error}); allow 2 or more, or take larger tiles") from error
     return rows
 
 def _on_cuda(network, shape, bf16, batch, steps=5):
@@ -193,7 +194,7 @@ def batch_size_of(
         return min(8, most)
     rows = memory_profile(network, shape, precision, most)
     if say is not None: say(memory_table(rows))
-    if (size := largest_batch(rows)) is None: raise GeolabError(f"not even {rows[-1].batch} tile of {shape} fits into the memory of this GPU; take a smaller tile or encoder, or freeze stages of the encoder")
+    if (size := largest_batch(rows)) is None: raise GeolabError(f"not even a step of {rows[-1].batch} with tiles of {shape} fits into the memory of this GPU; take a smaller tile or encoder, or freeze stages of the encoder")
     return size
 
 def _estimate_in_words(network, shape, precision, most):
