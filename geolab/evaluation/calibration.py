@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core import DataError, Ratio, content_hash
@@ -61,10 +61,10 @@ class Calibrator:
 
 # %% ../../nbs/evaluation/43_calibration.ipynb #e86cf2b6
 def adjust_prior(
-    z, # Logits that are calibrated at `prevalence_from`
+    z: float|Float[np.ndarray, "..."]|Float[Tensor, "..."], # Logits that are calibrated at `prevalence_from`
     prevalence_from: float, # Share of positives where they were calibrated, between 0 and 1
     prevalence_to: float, # Share of positives where they are used, between 0 and 1
-): # Logits calibrated at `prevalence_to`
+): # Logits calibrated at `prevalence_to`, same shape and kind
     "Move calibrated logits to another prevalence."
     for p in (prevalence_from, prevalence_to):
         if not 0 < p < 1: raise DataError(f"a prevalence must lie between 0 and 1, got {p}; a ratio 1:500 is Ratio.parse('1:500').prevalence")
@@ -227,10 +227,14 @@ def plot_reliability(
 # %% ../../nbs/evaluation/43_calibration.ipynb #7f6f385c
 @dataclass(frozen=True)
 class IsotonicCalibrator:
-    "Probabilities from a rising step function of the logit."
-    logit: Float[np.ndarray, " n"]
-    value: Float[np.ndarray, " n"]
-    def probability(self, z): return np.interp(z, self.logit, self.value)
+    "Probabilities from a function of the logit that never falls."
+    logit: Float[np.ndarray, " n"] # Where the function bends, rising
+    value: Float[np.ndarray, " n"] # Probability there; straight lines between
+    def probability(self,
+        z: float|Float[np.ndarray, "..."], # Logits of the network
+    ): # Probabilities, same shape
+        "Calibrated probabilities."
+        return np.interp(z, self.logit, self.value)
 
 def fit_isotonic(
     hist: ScoreHistogram, # Counted logits
@@ -244,10 +248,14 @@ def fit_isotonic(
 @dataclass(frozen=True)
 class BetaCalibrator:
     "Log-odds linear in the logarithms of p and 1 - p."
-    a: float
-    b: float
-    c: float
-    def probability(self, z): return Calibrator().probability(-self.a*np.logaddexp(0, -np.asarray(z, float)) + self.b*np.logaddexp(0, z) + self.c)
+    a: float # Of log p
+    b: float # Of -log (1 - p)
+    c: float # Constant
+    def probability(self,
+        z: float|Float[np.ndarray, "..."], # Logits of the network
+    ): # Probabilities, same shape
+        "Calibrated probabilities."
+        return Calibrator().probability(-self.a*np.logaddexp(0, -np.asarray(z, float)) + self.b*np.logaddexp(0, z) + self.c)
 
 def fit_beta(
     hist: ScoreHistogram, # Counted logits
@@ -282,7 +290,7 @@ class SoftmaxCalibrator:
 # %% ../../nbs/evaluation/43_calibration.ipynb #ebf4018a
 def fit_softmax(
     logits: Float[np.ndarray, "n c"], # A sample of logits of at least two classes
-    target: np.ndarray, # Class numbers, shape (n,)
+    target: Int[np.ndarray, " n"], # Class numbers, 0 to c - 1
     *,
     weights: Float[np.ndarray, " n"]|None = None, # What each row stands for, in a stratified sample; `None` counts all alike
     bias: bool = True, # Fit a bias per class as well

@@ -42,7 +42,7 @@ def check_shares(
     *,
     draws: int = 2000, # Of blocks, and of places
     confidence: float = .95, # Of the interval
-    seed: int = 0,
+    seed: int = 0, # Of the draws
 ) -> dict: # n, attention, steps (mean shares), gain (their difference), low, high, p_value, confidence
     "Does the attention lie on the cause more than chance would have it?"
     found, even = cause_shares(weights, lengths, start, end)

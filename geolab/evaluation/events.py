@@ -47,9 +47,9 @@ def _first(name): return name[:1].upper() + name[1:]
 class StepProfile(NamedTuple):
     "Attention by step, over some series."
     mean: Float[np.ndarray, " t"] # Sums to 1
-    low: Float[np.ndarray, " t"] # The middle half of the series lies between the two
-    high: Float[np.ndarray, " t"]
-    n: int # Series
+    low: Float[np.ndarray, " t"] # A quarter of the series lies below
+    high: Float[np.ndarray, " t"] # A quarter lies above
+    n: int # How many series
 
 def step_profiles(
     weights: Float[np.ndarray, "n t"]|Float[np.ndarray, "n t t"], # Attention of each series; of matrices, how much each step is looked at
@@ -92,10 +92,10 @@ def plot_profiles(
 ): # The axes
     "Mean attention by step, a line for each kind; the band holds the middle half of the series."
     ax = _axes(ax)
-    for name, p in profiles.items():
+    for (name, p), color in zip(profiles.items(), len(profiles)*("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")):
         x = np.arange(len(p.mean)) if at is None else np.asarray(at, float)
-        line, = ax.plot(x, p.mean, lw=1.5, label=f"{name.replace('_', ' ')} (n={p.n})")
-        ax.fill_between(x, p.low, p.high, color=line.get_color(), alpha=.15, lw=0)
+        ax.plot(x, p.mean, lw=1.5, color=color, label=f"{name.replace('_', ' ')} (n={p.n})")
+        ax.fill_between(x, p.low, p.high, color=color, alpha=.15, lw=0)
     ax.set(xlabel=unit, ylabel="attention (share)", ylim=(0, None))
     ax.legend(fontsize=7, frameon=False)
     return ax

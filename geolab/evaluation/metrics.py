@@ -75,7 +75,7 @@ def pr_curve(
     band: float|None = None, # Confidence of a block-bootstrap band, e.g. 0.95; `None` draws none
     replicates: int = 400, # Of the bootstrap
     seed: int = 0, # Of the bootstrap
-) -> PRCurve:
+) -> PRCurve: # `precision` is `None`, with a reason, where it cannot be said
     "The precision-recall curve at a ratio."
     weight = stratum_weight(hist, ratio, unit)
     logit, tp, fp = _curve(hist, weight.value or 0)
@@ -133,12 +133,12 @@ def metrics_at(
 # %% ../../nbs/evaluation/41_metrics.ipynb #f76a48ed
 class OperatingPoint(NamedTuple):
     "A threshold on the curve, or why there is none."
-    logit: float|None
-    precision: float|None
-    recall: float|None
+    logit: float|None # Flag what lies at or above; `None` if nothing qualifies
+    precision: float|None # There
+    recall: float|None # There
     weight: float|None # Of a negative in an empty tile
     best: float|None # Best value of the constrained metric anywhere on the curve
-    reason: str|None = None
+    reason: str|None = None # Why there is no threshold
 
 def _point(curve, metric, target, maximise):
     "Among thresholds where `metric` reaches the target, the one with the largest other metric; ties go to the stricter."
@@ -444,7 +444,7 @@ def class_area(
     *,
     sampled: Literal["block", "pixel"] = "block", # What was drawn at random
 ) -> dict[str, dict]: # By class: area, low, high in the unit of `mapped`; and the mapped area
-    "Unbiased area of each class."
+    "Area of each class, corrected for the errors of the map."
     c = counts.counts.transpose(2, 0, 1).astype(float)  # (mapped, block, true)
     area = np.array([float(mapped.get(name, np.nan)) for name in counts.classes])
     if not np.isfinite(area).all() or (area < 0).any() or set(mapped) - set(counts.classes):
@@ -484,16 +484,16 @@ def plot_pr(
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(4, 2.5), dpi=72, layout="constrained")[1]
-    for label, curve in curves.items():
+    for (label, curve), color in zip(curves.items(), len(curves)*("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")):
         if curve.precision is None:
             ax.plot([], [], lw=1, color=".6", label=f"{label}: {(curve.reason or '')[:40]}")
             continue
-        line, = ax.plot(curve.recall, curve.precision, lw=1.5, label=label)
-        if curve.band is not None: ax.fill_between(*curve.band, color=line.get_color(), alpha=.2, lw=0)
+        ax.plot(curve.recall, curve.precision, lw=1.5, color=color, label=label)
+        if curve.band is not None: ax.fill_between(*curve.band, color=color, alpha=.2, lw=0)
         logit = (thresholds or {}).get(label)
         if logit is not None:
             k = min(np.searchsorted(curve.logit, logit), len(curve.logit) - 1)
-            ax.plot(curve.recall[k], curve.precision[k], "o", ms=5, color=line.get_color(), mec="k")
+            ax.plot(curve.recall[k], curve.precision[k], "o", ms=5, color=color, mec="k")
     ax.set(xlabel="recall (share of positives found)", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
     ax.legend(fontsize=7, frameon=False)
     return ax

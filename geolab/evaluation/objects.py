@@ -123,7 +123,11 @@ class ObjectMatch:
     def pairs(self) -> pd.DataFrame:
         found = self.truth[self.truth.partner >= 0]
         return pd.DataFrame(dict(predicted=found.partner.values, truth=found.index, iou=found.iou.values))
-    def f_beta(self, beta: float = .5) -> float|None: return None if None in (self.precision, self.recall) else f_beta(self.precision, self.recall, beta)
+    def f_beta(self,
+        beta: float = .5, # Below 1 favours precision
+    ) -> float|None: # `None` without objects on one side
+        "F-beta of object precision and recall."
+        return None if None in (self.precision, self.recall) else f_beta(self.precision, self.recall, beta)
     def precision_at(self,
         weight: float, # Of a false object that lies in empty tiles alone; `stratum_weight(...).value`
     ) -> float|None: # `None` if nothing was predicted
@@ -140,13 +144,17 @@ class ObjectMatch:
         shift = lambda table, by: table.assign(partner=table.partner.where(table.partner < 0, table.partner + by))
         return ObjectMatch(*(pd.concat([x, shift(y, len(z))], ignore_index=True) for x, y, z in [
             (self.predicted, other.predicted, self.truth), (self.truth, other.truth, self.predicted)]), self.rule)
-    def save(self, path: Path|str) -> Path: # An npz file
+    def save(self,
+        path: Path|str, # Where to write, an npz
+    ) -> Path: # The same path
         "Write both tables."
         tables = {f"{side}_{name}": table[name].to_numpy() for side, table in dict(predicted=self.predicted, truth=self.truth).items() for name in table}
         with atomic_file(path) as aside: np.savez_compressed(aside, **tables, rule=json.dumps(self.rule))
         return Path(path)
     @classmethod
-    def load(cls, path: Path|str) -> "ObjectMatch":
+    def load(cls,
+        path: Path|str, # A file that `save` wrote
+    ) -> "ObjectMatch": # As it was saved
         "Read what `save` wrote."
         try:
             with np.load(path, allow_pickle=False) as kept:

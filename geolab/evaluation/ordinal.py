@@ -13,7 +13,7 @@ from typing import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ..core import DataError
@@ -122,8 +122,8 @@ def ordinal_difference(
 # %% ../../nbs/evaluation/45_ordinal.ipynb #9e3651aa
 def decide(
     probabilities: Float[np.ndarray, "k ..."], # Of the K classes, along the first axis
-    cuts: Sequence[float]|None = None, # Of the K - 1 questions, from the lowest; `None` takes the most probable class
-) -> np.ndarray: # Class numbers (...), uint8
+    cuts: Sequence[float]|None = None, # Probabilities from which "higher than this rank?" is answered with yes, K - 1 from the lowest; `None` takes the most probable class
+) -> UInt8[np.ndarray, "..."]: # Class numbers
     "Classes from probabilities."
     p = np.asarray(probabilities)
     if cuts is None: return p.argmax(0).astype(np.uint8)
@@ -134,7 +134,7 @@ def decide(
 
 def best_cuts(
     probabilities: Float[np.ndarray, "k n"], # Of the K classes
-    target: np.ndarray, # Class numbers (n,)
+    target: Int[np.ndarray, " n"], # Class numbers, 0 to K - 1
     *,
     weights: Float[np.ndarray, " n"]|None = None, # What each pixel stands for; `None` counts all alike
     steps: int = 60, # Candidates of each cut
@@ -177,7 +177,7 @@ class OrdinalScores:
 
     def update(self,
         logits: Float[Tensor, "b k ..."], # Logits whose softmax are the probabilities of the K classes
-        target: Tensor, # (b, ...): class numbers, 0 to K - 1
+        target: Int[Tensor, "b ..."], # Class numbers, 0 to K - 1
         *,
         block: Sequence[str]|str, # Block of each sample, or one for all
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts
@@ -243,7 +243,7 @@ def success_table(
 
 # %% ../../nbs/evaluation/45_ordinal.ipynb #c3cb7c50
 def counts_as_json(
-    counts: ConfusionCounts,
+    counts: ConfusionCounts, # True by predicted class, by block
 ) -> dict: # `blocks`, `classes`, `counts` as plain lists
     "Counts for a `metrics.json`."
     return dict(blocks=list(counts.blocks), classes=list(counts.classes), counts=counts.counts.tolist())

@@ -13,7 +13,7 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 from fastcore.basics import patch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def _pieces(self: ScoreHistogram, z, target, valid, where, tile_positive, block,
 @patch
 def update(self: ScoreHistogram,
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits, never probabilities; (b,), (b, h, w), (b, 1, h, w) or any (b, ...)
-    target: np.ndarray|Tensor, # Same shape: 0 or 1, or soft labels in [0, 1]; positive at 0.5 and above
+    target: Shaped[np.ndarray, "b ..."]|Shaped[Tensor, "b ..."], # Same shape: 0 or 1, or soft labels in [0, 1]; positive at 0.5 and above
     *,
     block: Sequence[str]|str, # Block of each sample, or one for all
     valid: Bool[np.ndarray, "b ..."]|Bool[Tensor, "b ..."]|None = None, # True where a pixel counts; `None` counts all
@@ -287,12 +287,16 @@ def _from_arrays(a: dict[str, Any]):
 
 # %% ../../nbs/evaluation/40_scores.ipynb #913b9793
 @patch
-def save(self: ScoreHistogram, path: Path|str) -> Path:
+def save(self: ScoreHistogram,
+    path: Path|str, # Where to write; ends in `.npz`
+) -> Path: # The same path
     "Write one histogram; `load` reads it."
     return save_scores(path, {"scores": self})
 
 @patch(cls_method=True)
-def load(cls: ScoreHistogram, path: Path|str) -> "ScoreHistogram":
+def load(cls: ScoreHistogram,
+    path: Path|str, # A file with one histogram
+) -> "ScoreHistogram": # As it was saved
     "Read what `save` wrote."
     parts = load_scores(path)
     if len(parts) != 1: raise RunError(f"{path} holds {len(parts)} histograms ({', '.join(parts)}); read it with `load_scores`")
@@ -327,7 +331,7 @@ def centers(self: ScoreHistogram) -> Float[np.ndarray, " bin"]: # Logits
 # %% ../../nbs/evaluation/40_scores.ipynb #1eba9d89
 def exact_scores(
     logits: Float[np.ndarray, "b ..."]|Float[Tensor, "b ..."], # Logits
-    target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels
+    target: Shaped[np.ndarray, "b ..."]|Shaped[Tensor, "b ..."], # Same shape: 0 or 1, or soft labels in [0, 1]
     *,
     block: Sequence[str]|str = "all", # Block of each sample, or one for all
     valid: Bool[np.ndarray, "b ..."]|Bool[Tensor, "b ..."]|None = None, # True where a pixel counts

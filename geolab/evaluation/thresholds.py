@@ -305,7 +305,7 @@ def choose_threshold(
 # %% ../../nbs/evaluation/44_thresholds.ipynb #2945e325
 class Plan(NamedTuple):
     "What a target asks of the calibration data."
-    false_positive_rate: float # Room in the empty tiles at this recall, with clean surroundings of the positives
+    false_positive_rate: float # False units per unit of background that the target allows at this recall, with clean surroundings of the positives
     clean_units: int # Independent units of background that would show it if none had an error
     blocks: int|None # Calibration blocks like those of the pilot; `None` without a pilot, or if no number suffices
     empty_tiles: int|None # Empty tiles in so many blocks
