@@ -6,10 +6,11 @@
 __all__ = ['OBSERVED', 'PROMISED', 'Stage', 'stage_keys', 'alone_in', 'run_stages', 'merge_config', 'LabelsConfig', 'SplitConfig',
            'fingerprint', 'check_space', 'open_folder', 'start_run', 'resume_run', 'calibration_part', 'best_f',
            'choose_thresholds', 'measure_map', 'objects_at', 'area_of', 'outline_maps', 'label_next', 'contest',
-           'calibrate_scores', 'write_thresholds', 'write_outlines', 'display', 'three_of', 'write_samples']
+           'calibrate_scores', 'write_thresholds', 'write_outlines', 'display_limits', 'display', 'three_of',
+           'write_samples']
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
-import errno, shutil, time
+import errno, math, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -30,7 +31,7 @@ from .. import __version__
 from ..core import Config, ConfigError, DataError, Ratio, RunError, atomic_file, content_hash, load_yaml, override, write_json
 from ..data.augment import rgb_of
 from ..data.periods import PeriodSplit
-from ..data.raster import read_info, read_window
+from ..data.raster import RasterInfo, raster_windows, read_info, read_window
 from ..data.splits import Split
 from ..evaluation.calibration import Calibrator, ece, fit_temperature
 from ..evaluation.metrics import ap_difference, average_precision, class_area, f_beta, pr_curve, stratum_weight
@@ -433,16 +434,35 @@ def write_outlines(
     return [*paths, write_json(run.path/"gate.json", kept), *write_polygons(label_next(maps, tile_size), run.path/"map", "label_next")]
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #4dde9d55
+def _seen_as(image, bands):
+    "Red, green and blue, or three times the first band."
+    rgb = rgb_of(bands)
+    return image[list(rgb)] if rgb and len(rgb) == 3 else np.repeat(image[:1], 3, axis=0)
+
+def display_limits(
+    raster: RasterInfo, # Read window by window
+    bands: tuple[str, ...], # Names, as for `display`
+    most: int = 2**22, # Pixels that are kept; of a larger raster an even sample
+) -> Float[np.ndarray, "2 3"]: # Lowest and highest value of each colour
+    "What a whole raster is stretched between, so that its parts look alike."
+    step, kept = math.ceil(math.sqrt(raster.height*raster.width/most)), []
+    for row, col, *size in raster_windows(raster):
+        image, valid = read_window(raster, row, col, *size, bands=bands)
+        even = np.s_[..., -row % step::step, -col % step::step]
+        kept.append(_seen_as(image, bands)[even][:, valid[even]])
+    kept = np.concatenate(kept, 1)
+    return np.percentile(kept, [2, 98], axis=1) if kept.size else np.zeros((2, 3))
+
 def display(
     image: Float[np.ndarray, "c h w"], # Bands in their own units
     valid: Bool[np.ndarray, "h w"], # Where they hold
     bands: tuple[str, ...], # Their names
+    limits: Float[np.ndarray, "2 3"]|None = None, # Of `display_limits`, for a part of a raster; `None` for those of this image
 ) -> UInt8[np.ndarray, "3 h w"]: # Red, green, blue; grey where there are no three bands
     "An image for the eye: 2 % stretched away at both ends, invalid pixels white."
-    rgb = rgb_of(bands)
-    shown = image[list(rgb)] if rgb and len(rgb) == 3 else np.repeat(image[:1], 3, axis=0)
+    shown = _seen_as(image, bands)
     if not valid.any(): return np.full(shown.shape, 255, np.uint8)
-    low, high = np.percentile(shown[:, valid], [2, 98], axis=1)[..., None, None]
+    low, high = (np.percentile(shown[:, valid], [2, 98], axis=1) if limits is None else limits)[..., None, None]
     return np.where(valid, 255*np.clip((shown - low)/np.maximum(high - low, 1e-9), 0, 1), 255).astype(np.uint8)
 
 def three_of(
