@@ -78,12 +78,28 @@ def redraw(
     return out
 
 # %% ../nbs/80_compare.ipynb #c707a076
-def _same(a, b): return set(a.blocks) == set(b.blocks) and not (a.counts.sum(2) != b.select(a.blocks).counts.sum(2)).any()
+def _same(a, b): return set(a.blocks) == set(b.blocks) and _overlap(a, b)
 
-def _seeds_then_blocks(values, replicates, confidence, seed, together):
-    "Interval of the mean over seeds, given redrawn values (seed, replicate), of the same blocks for all seeds or not; `None` where nothing is defined."
+def _overlap(a, b):
+    "Whether two test parts share blocks: the same names, and the same pixels under each of them."
+    common = sorted(set(a.blocks) & set(b.blocks))
+    return bool(common) and not (a.select(common).counts.sum(2) != b.select(common).counts.sum(2)).any()
+
+def _identities(hist): return [(block, *row) for block, row in zip(hist.blocks, hist.counts.sum(2).tolist())]
+
+def _grounds(hists):
+    "The test parts that share blocks, directly or through a third, by the first of them."
+    grounds = {}
+    for key, hist in hists.items():
+        met = [first for first, keys in grounds.items() if any(_overlap(hist, hists[k]) for k in keys)]
+        grounds[(met or [key])[0]] = [k for first in met for k in grounds.pop(first)] + [key]
+    return grounds
+
+def _seeds_then_blocks(values, replicates, confidence, seed, shared):
+    "Interval of the mean over seeds, given redrawn values (seed, replicate) and which seeds share blocks with another; `None` where nothing is defined."
     rng, n = np.random.default_rng(seed), len(values)
-    pick, column = rng.integers(n, size=(replicates, n)), rng.integers(values.shape[1], size=(replicates, 1 if together else n))
+    pick, column = rng.integers(n, size=(replicates, n)), rng.integers(values.shape[1], size=(replicates, n))
+    column = np.where(np.asarray(shared)[pick], column[:, :1], column)
     means = values[pick, column].mean(1) if n > 1 else values[0]
     return np.nanquantile(means, [(1 - confidence)/2, (1 + confidence)/2]).tolist() if np.isfinite(means).any() else None
 
@@ -100,17 +116,18 @@ class Comparison:
     ):
         if not runs or not all(runs.values()): raise DataError("nothing to compare: give at least one run, and no row without one")
         if not 0 < confidence < 1 or not 0 < precision < 1: raise DataError(f"`confidence` and `precision` must lie between 0 and 1, got {confidence} and {precision}")
-        self.runs, self.confidence, self.replicates, self.seed, self.values, self.reasons, grounds = runs, confidence, replicates, seed, {}, {}, []
-        for row, by_seed in runs.items():
-            for s, run in by_seed.items():
-                blocks = sorted(run.hist.blocks)
-                run, n = Scored(run.hist.select(blocks), run.logit), len(blocks)
-                ground = next((first for first, hist in grounds if _same(hist, run.hist)), s)  # the seed that was first on these test pixels
-                grounds.append((ground, run.hist))
-                draws = np.random.default_rng([seed, int(ground) % 2**32]).multinomial(n, np.full(n, 1/n), replicates)
-                self.values[row, s] = redraw(run, np.concatenate([np.ones((1, n), int), draws]), precision, ratio)  # column 0: the metrics themselves
-                holding = int((run.hist.counts[:, 0].sum(1) > 0).sum())
-                why = stratum_weight(run.hist, ratio).reason or (f"only {holding} blocks hold positives; 5 are needed for an interval" if holding < 5 else None)
+        self.runs, self.confidence, self.replicates, self.seed, self.values, self.reasons, self.ground = runs, confidence, replicates, seed, {}, {}, {}
+        hists = {(row, s): run.hist.select(sorted(run.hist.blocks)) for row, by_seed in runs.items() for s, run in by_seed.items()}
+        for first, keys in _grounds(hists).items():
+            pool = sorted({block for key in keys for block in _identities(hists[key])})
+            at, n = {block: i for i, block in enumerate(pool)}, len(pool)
+            draws = np.random.default_rng([seed, int(first[1]) % 2**32]).multinomial(n, np.full(n, 1/n), replicates)
+            for row, s in keys:
+                hist, self.ground[row, s] = hists[row, s], first
+                own = draws[:, [at[block] for block in _identities(hist)]]
+                self.values[row, s] = redraw(Scored(hist, runs[row][s].logit), np.concatenate([np.ones_like(own[:1]), own]), precision, ratio)  # column 0: the metrics themselves
+                holding = int((hist.counts[:, 0].sum(1) > 0).sum())
+                why = stratum_weight(hist, ratio).reason or (f"only {holding} blocks hold positives; 5 are needed for an interval" if holding < 5 else None)
                 if why: self.reasons[row, s] = f"seed {s}: {why}"
 
 # %% ../nbs/80_compare.ipynb #d6c66c0a
@@ -128,8 +145,8 @@ def estimate(self: Comparison,
     value = float(values[:, 0].mean())
     if math.isnan(value): return dict(value=None, low=None, high=None, seeds=len(seeds), reason=next((self.reasons[k] for s in seeds for name, _ in taken if (k := (name, s)) in self.reasons), "a run has no threshold"))
     why = next((self.reasons[name, s] for name, _ in taken for s in seeds if (name, s) in self.reasons), None)
-    first, *others = (self.runs[row][s].hist for s in seeds)
-    found = None if why else _seeds_then_blocks(values[:, 1:], self.replicates, self.confidence, self.seed, all(_same(first, hist) for hist in others))
+    grounds = [self.ground[row, s] for s in seeds]
+    found = None if why else _seeds_then_blocks(values[:, 1:], self.replicates, self.confidence, self.seed, [grounds.count(g) > 1 for g in grounds])
     low, high = found or (None, None)
     return dict(value=value, low=low, high=high, seeds=len(seeds), reason=why or ("one seed: the interval is over blocks only" if len(seeds) == 1 else None))
 
