@@ -122,15 +122,17 @@ class Ratio(NamedTuple):
     positive: float
     negative: float
     @classmethod
-    def parse(cls, value) -> "Ratio":
-        "From `\"1:500\"`, a pair, or a `Ratio`."
+    def parse(cls,
+        value: Any, # `"1:500"`, a pair of numbers, or a `Ratio`
+    ) -> "Ratio":
+        "Read a ratio, or say how one is written."
         try:
             pair = [float(x) for x in (value.split(":") if isinstance(value, str) else value)]
             if len(pair) == 2 and all(np.isfinite(pair)) and min(pair) > 0: return cls(*pair)
         except (TypeError, ValueError): pass
         raise ConfigError(f"expected a ratio of positives to negatives such as 1:500, both above 0, got {value!r}")
     @property
-    def prevalence(self) -> float: return self.positive/(self.positive + self.negative)
+    def prevalence(self) -> float: return self.positive/(self.positive + self.negative) # Share of positives, from 0 to 1
     def __str__(self): return f"{self.positive:g}:{self.negative:g}"
 
 RatioField = Annotated[Ratio, BeforeValidator(Ratio.parse), PlainSerializer(str, return_type=str)]
@@ -150,7 +152,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
     @classmethod
-    def parse(cls, values: dict):
+    def parse(cls,
+        values: dict, # Plain values, as from `load_yaml`
+    ): # A config of this class
         "Make a config from plain values, or raise one `ConfigError` that lists every fault."
         try: return cls.model_validate(values)
         except ValidationError as error: raise ConfigError(_faults(cls, error)) from None
@@ -177,7 +181,9 @@ def _faults(cls, error):
             lines.append(f"`{key}` is not a known key" + (f"; did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else f"; known keys: {', '.join(_fields_at(cls, e['loc'][:-1]))}"))
         elif e["type"] == "missing": lines.append(f"`{key}` is missing")
         elif not key: lines += e["msg"].removeprefix("Value error, ").split("\n- ")  # a check of several keys may tell several faults
-        else: lines.append(f"`{key}`: {e['msg'].removeprefix('Value error, ')}, got {got!r}")
+        else:
+            says = e["msg"].removeprefix("Value error, ")
+            lines.append(f"`{key}`: {says}" + ("" if f"got {got!r}" in says else f", got {got!r}"))
     return f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the configuration:\n" + "\n".join(f"- {line}" for line in lines)
 
 # %% ../nbs/00_core.ipynb #ffbfa57b
@@ -232,28 +238,39 @@ def _ratios_as_text(x):
     if isinstance(x, (list, tuple)): return [_ratios_as_text(v) for v in x]
     return x
 
-def to_json(value: Any) -> str:
-    "Plain JSON text, keys in the given order; NaN and infinities are an error."
+def to_json(
+    value: Any, # Dicts, lists, numbers, text, `None`; also numpy values, paths, ratios and configs
+) -> str: # JSON, keys in the given order
+    "Plain JSON text; NaN and infinities are an error."
     try: return json.dumps(_ratios_as_text(value), default=_plain, indent=1, allow_nan=False)
     except ValueError as error: raise GeolabError(f"a NaN or infinity cannot stand in JSON; use None and a reason ({error})") from error
 
-def write_json(path: Path|str, value: Any) -> Path:
+def write_json(
+    path: Path|str, # Final name
+    value: Any, # As for `to_json`
+) -> Path: # The path
     "Write `to_json(value)` atomically."
     with atomic_file(path) as f: f.write_text(to_json(value) + "\n", encoding="utf-8")
     return Path(path)
 
-def read_json(path: Path|str) -> Any:
+def read_json(
+    path: Path|str, # A JSON file
+) -> Any: # Plain values
     "Read a JSON file; `RunError` if it is missing or broken."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise RunError(f"{path} is missing") from None
     except (OSError, ValueError) as error: raise RunError(f"{path} cannot be read: {error}") from error
 
 # %% ../nbs/00_core.ipynb #e95c3d75
-def sha256_of(path: Path|str) -> str:
-    "SHA-256 of a file, as hex."
+def sha256_of(
+    path: Path|str, # A file
+) -> str: # 64 hex digits
+    "SHA-256 of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def content_hash(value: Any) -> str:
+def content_hash(
+    value: Any, # As for `to_json`
+) -> str: # The first 16 hex digits of a SHA-256
     "Hash of a plain value; the order of keys does not matter."
     plain = json.loads(to_json(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

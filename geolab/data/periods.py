@@ -23,12 +23,17 @@ class PeriodSplit:
     "Windows and blocks of each part, and the certificate that they are apart."
     windows: pd.DataFrame # group, start, stop (steps; `stop` is the first step after the window and its label), positive, part, block
     certificate: dict # Plain JSON
-    def windows_of(self, part: str) -> pd.DataFrame:
+    def windows_of(self,
+        part: str, # `train`, `val`, `cal` or `test`
+    ) -> pd.DataFrame: # Its rows of `windows`
         "The windows of a part; their index is that of the given table."
         if part not in self.certificate["parts"]: raise SplitError(f"no part `{part}`; the parts are {', '.join(self.certificate['parts'])}")
         return self.windows[self.windows.part == part]
-    def table(self) -> pd.DataFrame: return pd.DataFrame(self.certificate["parts"]).T.rename_axis("part").reset_index()
+    def table(self) -> pd.DataFrame:
+        "Blocks and windows by part."
+        return pd.DataFrame(self.certificate["parts"]).T.rename_axis("part").reset_index()
     def summary(self) -> str:
+        "The certificate in one sentence."
         c = self.certificate
         far = "in different series" if c["min_distance"] is None else f"at least {c['min_distance']} steps apart"
         return (f"Parts lie {far} (gap {c['gap']}, longest window {c['longest_window']}), share {c['overlap_steps']} steps and {c['duplicate_windows']} windows; "
@@ -36,6 +41,7 @@ class PeriodSplit:
     def __repr__(self): return f"{self.table().to_string(index=False)}\n{self.summary()}"
     def _repr_html_(self): return self.table().to_html(index=False) + f"<p>{self.summary()}</p>"
     def save(self, path: Path|str) -> Path: # A JSON file
+        "Write windows and certificate."
         return write_json(path, dict(certificate=self.certificate, index=self.windows.index.tolist(), windows=self.windows.to_dict("list")))
     @classmethod
     def load(cls, path: Path|str) -> "PeriodSplit":
@@ -138,7 +144,7 @@ def _checked_windows(windows):
     "Windows with whole steps."
     if missing := {"group", "start", "stop", "positive"} - set(windows.columns): raise DataError(f"`windows` lacks the columns {', '.join(sorted(missing))}; it has {', '.join(map(str, windows.columns))}")
     if not len(windows): raise DataError("`windows` is empty; a split needs windows")
-    if windows[["start", "stop", "positive", "group"]].isna().any().any(): raise DataError(f"`windows` holds missing values in row {windows.index[windows.isna().any(axis=1)][0]}")
+    if (holes := windows[["start", "stop", "positive", "group"]].isna().any(axis=1)).any(): raise DataError(f"`windows` holds missing values in row {windows.index[holes][0]}")
     for name in ("start", "stop"):
         if not np.issubdtype(windows[name].dtype, np.integer): raise DataError(f"`{name}` must be whole steps (days since a date, readings), got {windows[name].dtype}")
     if (bad := windows.stop <= windows.start).any(): raise DataError(f"`stop` must lie after `start`, in row {windows.index[bad][0]} it does not")
@@ -162,7 +168,7 @@ def _gap(windows, gap):
 
 # %% ../../nbs/data/09_periods.ipynb #eadd8165
 def plot_periods(
-    split: PeriodSplit,
+    split: PeriodSplit, # What is drawn
     ax=None, # Axes; `None` makes a figure
 ): # The axes
     "Time line of each series: parts as colours, positive windows as ticks."
