@@ -41,7 +41,7 @@ def write_geotiff(
     path: Path|str, # Final name
     array: Any, # `(c, h, w)` or `(h, w)`; booleans are written as 0 and 1
     *,
-    crs, # Anything that rasterio takes as a CRS, e.g. `"EPSG:32608"`
+    crs: Any, # Anything that rasterio takes as a CRS, e.g. `"EPSG:32608"`
     transform: Affine, # Pixel to CRS
     nodata: float|None = None, # Value that stands for "no measurement"
     bands: Sequence[str]|None = None, # Names, one per band
@@ -85,7 +85,7 @@ class RasterInfo:
     def named(self) -> bool: return self.bands != tuple(f"band_{i}" for i in range(1, self.count + 1))
 
     def window_bounds(self, row: int, col: int, height: int, width: int) -> tuple[float, float, float, float]:
-        "Left, bottom, right, top of a window, in CRS units."
+        "Left, bottom, right, top, in CRS units, of a window given by its first row and column and its size in pixels."
         t = self.transform
         (left, right), (bottom, top) = sorted((t.c + t.a*col, t.c + t.a*(col + width))), sorted((t.f + t.e*row, t.f + t.e*(row + height)))
         return left, bottom, right, top
@@ -230,7 +230,7 @@ def read_labels(
     path: Path|str|gpd.GeoDataFrame, # Vector file (GeoJSON, GeoPackage, Shapefile, GeoParquet ...), or polygons in memory
     *,
     column: str|None = None, # Attribute that says the class; `None`: every feature is positive
-    positive=None, # Value or values of `column` that are positive; `None`: all but empty and 0
+    positive: Any = None, # Value or values of `column` that are positive; `None`: all but empty and 0
     layer: str|None = None, # Needed where a file has several
 ) -> gpd.GeoDataFrame: # Valid polygons in the CRS of the file; `.attrs` counts what was read, repaired and dropped
     "Read the polygons of the positive class."
@@ -403,7 +403,7 @@ def open_scenes(
     *,
     aoi: str|Path|gpd.GeoDataFrame|None = None, # Area of interest: polygons; what lies outside is not valid
     column: str|None = None, # Attribute of the polygons that says the class
-    positive=None, # Value or values of `column`, or of the mask, that are positive
+    positive: Any = None, # Value or values of `column`, or of the mask, that are positive; `None`: all but empty and 0
     layer: str|None = None, # Layer of the label file
     bands: Sequence[str]|None = None, # Bands to use, by name and in this order; `None` for all
 ) -> tuple[list[Scene], list[str]]: # The scenes, and notes on what was done to the labels
@@ -437,8 +437,8 @@ def open_scenes(
     return scenes, notes
 
 # %% ../../nbs/data/10_raster.ipynb #e8120942
-def has_valid_pixel(scene: Scene|RasterInfo) -> bool:
-    "Is there any pixel to learn from, in the area of interest if there is one? Stops at the first."
+def has_valid_pixel(scene: Scene|RasterInfo) -> bool: # Stops at the first valid pixel
+    "Is there any pixel to learn from, in the area of interest if there is one?"
     def valid(*window): return read_window(scene, *window)[1] if isinstance(scene, RasterInfo) else scene.read(*window)["valid"]
     return any(valid(*window).any() for window in raster_windows(scene if isinstance(scene, RasterInfo) else scene.info))
 
@@ -446,10 +446,10 @@ def has_valid_pixel(scene: Scene|RasterInfo) -> bool:
 @dataclass(frozen=True)
 class BandScale:
     "Mean and deviation per band, and the kind of image that they belong to."
-    bands: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    dtype: str
+    bands: tuple[str, ...] # Names, in the order of the arrays
+    mean: tuple[float, ...] # In the units of the image
+    std: tuple[float, ...] # The same, above 0
+    dtype: str # Number type of the images
     resolution: float # Pixel side, in metres, whatever the CRS
     count: int = 0 # Bands in the images that it was fitted on
 
@@ -481,7 +481,7 @@ def fit_band_scale(
     scenes: Sequence[Scene], # Where the windows lie
     windows: Iterable[tuple[str, int, int, int, int]], # Scene id, row, col, height, width; windows of the train part only
     bands: Sequence[str]|None = None, # Bands in the wished order; `None` for those of the scenes
-) -> BandScale:
+) -> BandScale: # Also holds number type, pixel side and band count of the first scene
     "Mean and deviation over valid pixels, in one pass and in float64."
     by_id, names = {scene.id: scene for scene in scenes}, tuple(bands or scenes[0].bands)
     n, mean, spread = 0, np.zeros(len(names)), np.zeros(len(names))
@@ -490,7 +490,7 @@ def fit_band_scale(
         sample = by_id[id].read(*map(int, window), bands=names)
         values = sample["image"][:, sample["valid"]].astype(np.float64)
         if not (m := values.shape[1]): continue
-        shift = values.mean(1) - mean  # merge two sets of moments (Chan, Golub and LeVeque 1983)
+        shift = values.mean(1) - mean  # merge two sets of moments
         spread += values.var(1)*m + shift**2*n*m/(n + m)
         mean, n = mean + shift*m/(n + m), n + m
     if not n: raise DataError("no valid pixel in the windows that the scale is fitted on")

@@ -342,7 +342,7 @@ class Split:
     blocks: pd.DataFrame # Usable rectangle of each block in each scene: block, scene, part, row0, row1, col0, col1, tiles, valid, positive
     certificate: dict # Plain JSON
     frames: dict # `Frame` of each scene
-    def tiles_of(self, part: str) -> pd.DataFrame:
+    def tiles_of(self, part: str) -> pd.DataFrame: # `train`, `val`, `cal` or `test`
         "The tiles of a part; `cal` gives those of `val` where the two are one."
         part = "val" if part == "cal" and self.certificate["cal_is_val"] else part
         if part not in self.certificate["parts"]: raise SplitError(f"no part `{part}`; the parts are {', '.join(self.certificate['parts'])}")
@@ -471,7 +471,7 @@ def make_split(
 
 # %% ../../nbs/data/13_splits.ipynb #ced4d801
 def plot_split(
-    split: Split,
+    split: Split, # What is drawn
     scenes: Sequence[Scene], # Those that the split was made from
     ax=None, # Axes to draw on; `None` makes new ones
 ): # The axes
@@ -479,7 +479,7 @@ def plot_split(
     import matplotlib.pyplot as plt
     from matplotlib.collections import PolyCollection
     ax = plt.subplots(figsize=(4.6, 3.4), dpi=72, layout="constrained")[1] if ax is None else ax
-    across, step = math.ceil(math.sqrt(len(scenes))), 1.08*max(max(s.info.height, s.info.width) for s in scenes)
+    across, step, above = math.ceil(math.sqrt(len(scenes))), 1.12*max(max(s.info.height, s.info.width) for s in scenes), .11 if len(scenes) > 1 else .05
     def boxes(table, dx, dy): return [[(c0 + dx, r0 + dy), (c1 + dx, r0 + dy), (c1 + dx, r1 + dy), (c0 + dx, r1 + dy)] for c0, r0, c1, r1 in table]
     for k, scene in enumerate(scenes):
         dx, dy, t = k % across*step, k//across*step, scene.info.transform
@@ -491,8 +491,8 @@ def plot_split(
         spots, held = None if scene.labels is None else scene.labels.representative_point(), split.tiles[(split.tiles.scene == scene.id) & (split.tiles.positive > 0)]
         u, v = ((spots.x - t.c)/t.a, (spots.y - t.f)/t.e) if spots is not None else (held.col + held.width/2, held.row + held.height/2)
         ax.plot(u + dx, v + dy, ".", color="black", markersize=2.5, label=None if k else "positives")
-        if len(scenes) > 1: ax.text(dx, dy, scene.id, fontsize=7, va="bottom")
+        if len(scenes) > 1: ax.text(dx, dy - .01*step, scene.id, fontsize=7, va="bottom")
     for part, n in split.certificate["parts"].items(): ax.plot([], [], "s", color=PART_COLOURS[part], label=f"{part}: {n['positive_blocks']} of {n['blocks']}\nblocks positive")
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
-    ax.set(xlabel="column, px", ylabel="row, px", aspect="equal", xlim=(-.02*step, (min(across, len(scenes)) - .06)*step), ylim=((math.ceil(len(scenes)/across) - .06)*step, -.05*step))
+    ax.set(xlabel="column, px", ylabel="row, px", aspect="equal", xlim=(-.02*step, (min(across, len(scenes)) - .09)*step), ylim=((math.ceil(len(scenes)/across) - .09)*step, -above*step))
     return ax

@@ -100,7 +100,11 @@ class TileDataset(Dataset):
     def __len__(self): return len(self.tiles)
     def __repr__(self): return f"TileDataset({len(self)} tiles of {self.size} px, {sum(t['positive'] > 0 for t in self.tiles)} with positives)"
     def __getstate__(self): return self.__dict__ | dict(_kept={}, _kept_bytes=0)
-    def set_epoch(self, epoch: int) -> None: self._epoch.fill_(epoch)
+    def set_epoch(self,
+        epoch: int, # Number of the epoch, from 0
+    ) -> None:
+        "Draw the randomness of another epoch from now on, in all workers."
+        self._epoch.fill_(epoch)
 
 # %% ../../nbs/data/12_tiles.ipynb #64e204fb
 @patch
