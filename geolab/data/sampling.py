@@ -33,8 +33,16 @@ class EpochSampler(Sampler[int]):
             raise ConfigError(f"give `rank` and `world` with 0 <= rank < world, or neither; got {rank} and {world}")
         self.epoch_size, self.seed, self.rank, self.world, self.epoch = epoch_size, seed, rank, world, 0
 
-    def set_epoch(self, epoch: int) -> None: self.epoch = int(epoch)
-    def size(self, epoch: int) -> int: return len(self.indices(epoch))
+    def set_epoch(self,
+        epoch: int, # Number of the epoch, from 0
+    ) -> None:
+        "Give the tiles of this epoch from now on."
+        self.epoch = int(epoch)
+    def size(self,
+        epoch: int, # Number of the epoch, from 0
+    ) -> int: # Over all processes
+        "How many tiles an epoch holds."
+        return len(self.indices(epoch))
     def _rng(self, epoch): return np.random.default_rng([self.seed % 2**32, epoch])
     def _place(self):
         "Rank and number of processes."
@@ -73,7 +81,9 @@ class RatioSampler(EpochSampler):
         for epoch in {0, ramp_epochs}:
             if note := self._shortage(epoch): warnings.warn(note, stacklevel=2)
 
-    def size(self, epoch: int) -> int: return sum(self.counts(epoch))
+    def size(self, epoch: int) -> int: # Over all processes
+        "How many tiles an epoch holds, without drawing them."
+        return sum(self.counts(epoch))
 
     def __repr__(self):
         (positive, empty), change = self.counts(self.epoch), f" to {self.ramp_to} by epoch {self.ramp_epochs} ({self.ramp})" if self.ramp_to else ""
@@ -207,8 +217,10 @@ class ClassShareSampler(EpochSampler):
             raise ConfigError(f"no tile holds the class on more than {share:.2%} of its valid pixels, so repeating tiles cannot reach that share; the richest has {richest:.2%}")
         if not self.missing: warnings.warn(f"the class has {now:.2%} of the {unit}s already, so no tile is repeated for a share of {share:.2%}", stacklevel=2)
 
-    def indices(self, epoch: int) -> Int[np.ndarray, " n"]:
-        "The tiles of an epoch, in order, over all processes."
+    def indices(self,
+        epoch: int, # Number of the epoch, from 0
+    ) -> Int[np.ndarray, " n"]: # Over all processes
+        "The tiles of an epoch, in order."
         rng = self._rng(epoch)
         again = _again(rng, self.pool, self.gain[self.pool], self.missing) if self.missing else []
         drawn = rng.permutation(np.concatenate([np.arange(len(self.whole)), again]).astype(int))

@@ -20,7 +20,6 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from numpy.lib.stride_tricks import sliding_window_view
-
 from torch.utils.data import Dataset
 
 from ..core import ConfigError, DataError, RunError, SplitError, check_shape, read_json, write_json
@@ -36,7 +35,9 @@ class FeatureSchema:
         self.groups = groups
 
     @classmethod
-    def preset(cls, width: Literal[17, 81]) -> "FeatureSchema":
+    def preset(cls,
+        width: Literal[17, 81], # Number of features
+    ) -> "FeatureSchema":
         "The flood document's groups, without (17) or with (81) its embeddings."
         groups = dict(terrain=6, precipitation=5, temporal=4, glofas=2)
         if width not in (17, 81): raise ConfigError(f"there are presets for 17 and 81 features, got {width}; name your groups: FeatureSchema(precipitation=5, ...)")
@@ -49,7 +50,9 @@ class FeatureSchema:
         "Where each group lies."
         ends = np.cumsum([*self.groups.values()]).tolist()
         return {name: slice(end - w, end) for (name, w), end in zip(self.groups.items(), ends)}
-    def check(self, width: int) -> "FeatureSchema":
+    def check(self,
+        width: int, # Number of features in the data
+    ) -> "FeatureSchema":
         "Itself, if the data have its width."
         if width != self.width: raise ConfigError(f"{width} features came, the schema has {self.width} ({', '.join(f'{n} {w}' for n, w in self.groups.items())}); change the schema or the data, nothing is padded")
         return self
@@ -225,7 +228,9 @@ class Event:
     def __post_init__(self):
         if self.horizon < 1: raise ConfigError(f"`horizon` must be 1 day or more, got {self.horizon}; on day 0 the flow is known already")
 
-    def label(self, table: pd.DataFrame) -> pd.Series:
+    def label(self,
+        table: pd.DataFrame, # As from `daily_table`
+    ) -> pd.Series: # One per row
         "1 for an event, 0 for none, NaN where unknown, by day of decision."
         limit = table.group.map(self.threshold) if isinstance(self.threshold, dict) else self.threshold
         above = (table[self.column] > limit).astype(float).where(table[self.column].notna()).groupby(table.group)
@@ -251,16 +256,25 @@ class Windows:
     def first(self): return self.date - np.timedelta64(self.sequence.shape[1] - 1, "D")
     @property
     def last(self): return self.date + np.timedelta64(self.horizon, "D")
-    def block(self, days: int = 90) -> np.ndarray:
-        "A name for each window: its series and stretch of so many days, for a bootstrap."
+    def block(self,
+        days: int = 90, # Length of a stretch
+    ) -> np.ndarray: # Text such as `01/122`
+        "A name for each window: its series and stretch of days, for a bootstrap."
         return np.array([f"{g}/{d}" for g, d in zip(self.group, self.date.astype(int)//days)])
     def spans(self) -> pd.DataFrame: # group, start, stop (days since 1970-01-01; the day after the label), positive
         "The days that each window reads, for `split_periods`."
         return pd.DataFrame(dict(group=self.group, start=self.first.astype(int), stop=self.last.astype(int) + 1, positive=self.label > 0))
-    def of(self, split: PeriodSplit, part: str) -> "Windows":
+    def of(self,
+        split: PeriodSplit, # Made from `spans()` of these windows
+        part: str, # `train`, `val`, `cal` or `test`
+    ) -> "Windows":
         "The windows of a part."
         return self.select(split.windows_of(part).index.to_numpy())
-    def select(self, rows) -> "Windows": return replace(self, **{k: getattr(self, k)[rows] for k in ("sequence", "label", "group", "date")})
+    def select(self,
+        rows: Sequence[int], # Their positions
+    ) -> "Windows":
+        "Some of the windows."
+        return replace(self, **{k: getattr(self, k)[rows] for k in ("sequence", "label", "group", "date")})
 
 # %% ../../nbs/data/15_series.ipynb #68dcb273
 def make_windows(
@@ -315,8 +329,8 @@ def leave_group_out(
 class SeriesScaler:
     "Mean and deviation of each channel."
     channels: tuple # Names
-    mean: tuple
-    std: tuple
+    mean: tuple # In the unit of each channel
+    std: tuple # The same, above 0
 
     @classmethod
     def fit(cls,
@@ -332,13 +346,18 @@ class SeriesScaler:
         if flat.any(): warnings.warn(f"channels {', '.join(np.array(channels)[flat])} are constant in training and carry nothing; their deviation is taken as 1", stacklevel=2)
         return cls(tuple(channels), tuple(mean.tolist()), tuple(np.where(flat, 1, std).tolist()))
 
-    def apply(self, x: Float[np.ndarray, "... f"]) -> Float[np.ndarray, "... f"]:
+    def apply(self,
+        x: Float[np.ndarray, "... f"], # Channels last, in the order of `channels`
+    ) -> Float[np.ndarray, "... f"]:
         "Scaled, as float32."
         if x.shape[-1] != len(self.channels): raise DataError(f"expected {len(self.channels)} channels ({', '.join(self.channels)}), got {x.shape[-1]}")
         return ((x - np.array(self.mean))/np.array(self.std)).astype(np.float32)
-    def save(self, path: Path|str) -> Path: return write_json(path, dict(channels=self.channels, mean=self.mean, std=self.std))
+    def save(self, path: Path|str) -> Path: # A JSON file
+        "Write names, means and deviations."
+        return write_json(path, dict(channels=self.channels, mean=self.mean, std=self.std))
     @classmethod
-    def load(cls, path: Path|str) -> "SeriesScaler":
+    def load(cls, path: Path|str) -> "SeriesScaler": # What `save` wrote
+        "Read a scale, or say that it is none."
         kept = read_json(path)
         try: return cls(*(tuple(kept[k]) for k in ("channels", "mean", "std")))
         except (KeyError, TypeError) as error: raise RunError(f"{path} is not a scale of series: {error}") from None

@@ -51,7 +51,7 @@ class DatedScene:
     "Dated rasters of one place; holds no pixels and no open file."
     info: RasterInfo # Grid that all share
     dates: Int[np.ndarray, " t"] # Days since 1970-01-01; acquisitions of one day become one when they are read
-    bands: tuple[str, ...]
+    bands: tuple[str, ...] # Names, in the order of the arrays
     sources: list[list[tuple[RasterInfo, list[str]]]] # For each date, rasters and their bands, in the order of `bands`
     clouds: list[tuple[RasterInfo, str]]|None = None # For each date, the raster and band that says where clouds are
     clear: Callable|None = None # Makes of that band where it was clear, e.g. `partial(clear_sky, kind="fmask")`
@@ -63,8 +63,11 @@ class DatedScene:
     def width(self) -> int: return self.info.width
     def __repr__(self): return f"DatedScene({self.id!r}, {len(self.dates)} dates {iso(self.dates[0])} to {iso(self.dates[-1])}, {', '.join(self.bands)}, {self.height} x {self.width} px)"
 
-    def read(self, row: int, col: int, height: int, width: int) -> Stack:
-        "A window of all dates; may lie partly outside."
+    def read(self,
+        row: int, col: int, # First row and column; may lie outside
+        height: int, width: int, # In pixels
+    ) -> Stack: # Not valid outside
+        "A window of all dates."
         window, images, valids = (row, col, height, width), [], []
         for i, source in enumerate(self.sources):
             image, valid = zip(*(read_window(info, *window, bands=bands) for info, bands in source))
@@ -109,7 +112,7 @@ def open_stack(
     cloud_band: str|None = None, # Or the band of the images that says where clouds are
     clear: Callable|None = None, # What makes of that layer where it was clear, e.g. `partial(clear_sky, kind="fmask")`
     same_day: Literal["refuse", "merge"] = "refuse", # Two rasters of one day: an error, or one date
-) -> DatedScene:
+) -> DatedScene: # Checked; nothing is read yet
     "Open a folder of dated rasters."
     if (masks is not None or cloud_band is not None) != (clear is not None) or (masks is not None and cloud_band is not None):
         raise ConfigError("clouds need `clear` and one of `masks` and `cloud_band`")
@@ -188,7 +191,7 @@ def open_multidate(
     *,
     bands: Sequence[str]|None = None, # Names of the bands of the one file
     order: Literal["by date", "by band"]|None = None, # What comes first in it: all bands of the first date, or all dates of the first band
-) -> DatedScene:
+) -> DatedScene: # Checked; nothing is read yet
     "Open rasters that hold many dates."
     if isinstance(files, dict): names, infos = tuple(files), [read_info(path) for path in files.values()]
     else: names, infos = tuple(bands or ("band_1",)), [read_info(files)]

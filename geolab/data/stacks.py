@@ -47,8 +47,10 @@ def _day(value):
     if not isinstance(value, date): raise DataError(f"{value!r} ({type(value).__name__}) is not a date; write it as 2015-07-11")
     return value.toordinal() - 719163
 
-def iso(days: int) -> str:
-    "A day since 1970-01-01 as text."
+def iso(
+    days: int, # Since 1970-01-01
+) -> str: # Such as `2015-07-11`
+    "A day as text."
     return date.fromordinal(int(days) + 719163).isoformat()
 
 # %% ../../nbs/data/14_stacks.ipynb #ef4c2075
@@ -203,7 +205,8 @@ class Steps:
     dates: Int[np.ndarray, " t"] # All dates, in days
     usable: Bool[np.ndarray, " t"] # Clear enough
     @property
-    def used(self) -> Bool[np.ndarray, " t"]: return np.isin(np.arange(len(self.dates)), self.runs)
+    def used(self) -> Bool[np.ndarray, " t"]: # In a run
+        return np.isin(np.arange(len(self.dates)), self.runs)
     @property
     def report(self) -> dict:
         "Counts of dates and runs, and the share of dates in no run."
