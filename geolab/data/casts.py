@@ -78,8 +78,8 @@ def _as_casts(rows, number, ids, names, label_column, block_column):
 
 # %% ../../nbs/data/27_casts.ipynb #37441466
 def cut_casts(
-    casts: Casts,
-    most: int, # Longest series
+    casts: Casts, # As read
+    most: int, # Longest series that is allowed, in steps
     cut: Literal["start", "end"]|None = None, # Which end of a longer one to drop; `None` refuses it
 ) -> Casts: # Checked
     "Casts of at most so many steps."
@@ -106,7 +106,7 @@ def repeat_defects(
 
 # %% ../../nbs/data/27_casts.ipynb #1264f29a
 def deal_casts(
-    casts: Casts,
+    casts: Casts, # With the heat of each
     shares: dict[str, float], # By part; 0 leaves a part out
     seed: int = 0, # Of the deal
 ) -> PeriodSplit: # Checked; `block` is the heat

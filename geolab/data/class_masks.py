@@ -29,7 +29,7 @@ class ClassScene(Scene):
     clouds: RasterInfo|None = None # On the same grid: what is not 0 hides the ground
 
     def read_mask(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-        "Class numbers of a window, 0 where unknown, and where they are known."
+        "Class numbers of a window (first row and column, size in pixels), 0 where unknown, and where they are known."
         window = row, col, height, width
         (values,), known = read_window(self.label_raster, *window)
         mask = np.full((height, width), -1)

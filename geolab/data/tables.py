@@ -21,7 +21,7 @@ from .series import Event, calendar_features, daily_table, flow_threshold, make_
 class EventConfig(Config):
     "What counts as an event, where no column says it."
     quantile: float = Field(.99, gt=0, lt=1)        # Share of training days at or under the threshold
-    threshold: float|None = None                    # Flow itself instead, in its own unit
+    threshold: float|None = None                    # Flow that makes an event, in its own unit, instead of a quantile
     per_basin: bool = True                          # A threshold for each basin; false: one for all, from the basins that train
     horizon: int = Field(1, ge=1)                   # Days after the decision
     within: bool = False                            # True: on any day up to the horizon; false: on that day
@@ -39,7 +39,6 @@ class PeriodConfig(Config):
     def _rest(self):
         if self.cal + self.test >= 1: raise ValueError(f"split: cal + test must leave something to train on, got {self.cal:g} + {self.test:g}")
         return self
-
 
 class TableConfig(Config):
     "How a daily table becomes windows with labels."

@@ -18,16 +18,24 @@ from scipy import signal
 from ..core import DataError
 
 # %% ../../nbs/worlds/08_weather.ipynb #2d6aedd2
-def year_of(day: int) -> int:
-    "The year in which a day since 1970-01-01 lies."
+def year_of(
+    day: int, # Since 1970-01-01
+) -> int: # Such as 2019
+    "The year in which a day lies."
     return date.fromordinal(int(day) + 719163).year
 
-def day_of_year(day: int) -> int:
-    "From 1 on the 1st of January, of a day since 1970-01-01."
+def day_of_year(
+    day: int, # Since 1970-01-01
+) -> int: # From 1 on the 1st of January to 365 or 366
+    "The number of a day within its year."
     return date.fromordinal(int(day) + 719163).timetuple().tm_yday
 
-def day_number(year: int, month: int = 1, day: int = 1) -> int:
-    "Days since 1970-01-01."
+def day_number(
+    year: int, # Such as 2019
+    month: int = 1, # 1 to 12
+    day: int = 1, # Of the month, from 1
+) -> int: # Since 1970-01-01; negative before
+    "The number of a date."
     return date(year, month, day).toordinal() - 719163
 
 # %% ../../nbs/worlds/08_weather.ipynb #a0bfda70
@@ -55,7 +63,10 @@ class Weather:
     spring: dict[int, float] # By year, the day of the year on which leaves are half out in the valley
     autumn: dict[int, float] # The same for leaves that turn
 
-    def at(self, day: int) -> int: # Position of a day since 1970-01-01
+    def at(self,
+        day: int, # Since 1970-01-01
+    ) -> int: # Position in the arrays
+        "Where a day stands."
         if not 0 <= day - self.first < len(self.level): raise DataError(f"day {day} is not in the weather of the days {self.first} to {self.first + len(self.level) - 1}; make it longer")
         return int(day - self.first)
 
