@@ -137,10 +137,11 @@ def predict(folder: RunFolder,
     "Map an image with a finished run, and say where its certificate holds. A killed prediction continues where it stopped."
     from dataclasses import replace
     from geolab.evaluation.calibration import Calibrator
+    from geolab.data.raster import read_info
+    from geolab.inference.accounts import OutlineWatch
     from geolab.inference.cluster import predict_cluster
-    from geolab.inference.gate import gate_maps
+    from geolab.inference.gate import GateWatch
     from geolab.recipes.new_images import predict_image
-    from geolab.recipes.pipeline import outline_maps
     from geolab.training.runs import Run
     if probability and output != "probability": raise ConfigError(f"--probability asks for probabilities, and --output for {output}; give one of them")
     finished, more = Run.load(folder), dict(output=output, dtype=dtype) | (dict(classes=classes) if classes else {})
@@ -151,15 +152,15 @@ def predict(folder: RunFolder,
     if (cluster or not target.suffix) and (auxiliary or without): raise ConfigError("--cluster, and many images at once, are for images with all bands in one file: without --auxiliary and --without")
     if not target.suffix and classes: raise ConfigError("--classes belongs to one image with a GeoTIFF as the target; of many images ask for --output class")
     if not target.suffix: return _predict_many(finished, source, target, cluster, polygons=polygons, overwrite=overwrite, **more)
-    if cluster: print(predict_cluster(finished, source, target, cluster, overwrite=overwrite, **more))
-    else: print(predict_image(finished, source, target, auxiliary=auxiliary, without=without or (), overwrite=overwrite, **more))
-    t, calibrator, gate = finished.threshold, finished.calibrator or Calibrator(), None
+    t, calibrator, info = finished.threshold, finished.calibrator or Calibrator(), read_info(source)
     if without: t = replace(t, certified=False, gate=None)
-    if polygons:
-        _, gate, paths = outline_maps({target.stem: target}, t, calibrator, target.parent, names=(target.stem, f"{target.stem}_gate"))
-        print(*paths, sep="\n")
-    elif output != "class" and (t.gate or {}).get("block_size_px"): gate = gate_maps(target, t, calibrator)
-    if gate: print(gate.summary())
+    watch = None
+    if polygons: watch = OutlineWatch(info, t, calibrator, target)
+    elif output in ("probability", "logit") and (t.gate or {}).get("block_size_px"): watch = GateWatch(info, t, calibrator, output)
+    more |= dict(overwrite=overwrite, watch=[watch] if watch else [])
+    print(predict_cluster(finished, source, target, cluster, **more) if cluster else predict_image(finished, source, target, auxiliary=auxiliary, without=without or (), **more))
+    if polygons: print(*watch.paths, sep="\n")
+    if watch and watch.gate: print(watch.gate.summary())
 
 # %% ../nbs/90_cli.ipynb #24d983a4
 @app.command()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import torch
@@ -48,7 +49,7 @@ def place(tmp_path_factory, one_thread):
     log = StageLog(folder/"run", "thaw_slump", ["train", "calibrate"])
     log.record("train", "k", save_model(folder/"run", build_segmenter(**arguments), builder="segmenter", arguments=arguments, scale=scale, tile_size=64), 1)
     log.record("calibrate", "k", [write_json(folder/"run"/"calibration.json", Calibrator(temperature=2., bias=-1.).to_dict()),
-        write_json(folder/"run"/"threshold.json", {"chosen": "1:500", "1:500": Threshold(0., None, .8, .01, "tile", reason="too few positives").to_dict()})], 1)
+        write_json(folder/"run"/"threshold.json", {"chosen": "1:500", "1:500": Threshold(0., .3, .8, .01, "tile", reason="too few positives").to_dict()})], 1)
     predict_raster(Run.load(folder/"run"), image, folder/"straight.tif", **HOW)
     return folder/"run", image, (folder/"straight.tif").read_bytes()
 
@@ -154,6 +155,12 @@ def test_the_command(place, client, tmp_path, capsys):
     predict_raster(run, image, tmp_path/"alone.tif", device="cpu", progress=False)
     code, said, _ = geolab(capsys, run, image, tmp_path/"map.tif", "--cluster", address)
     assert (code, said.split()[0]) == (0, str(tmp_path/"map.tif")) and (tmp_path/"map.tif").read_bytes() == (tmp_path/"alone.tif").read_bytes()
+    found = []
+    for folder, options in [("shared", ["--cluster", address]), ("lone", [])]:
+        assert geolab(capsys, run, image, tmp_path/folder/"map.tif", "--polygons", *options)[0] == 0
+        assert names(tmp_path/folder) == ["map.geojson", "map.parquet", "map.tif"]
+        found.append(gpd.read_parquet(tmp_path/folder/"map.parquet"))
+    assert len(found[0]) > 10 and found[0].equals(found[1])
     (tmp_path/"cut.tif").write_bytes(image.read_bytes()[:5000])
     (tmp_path/"images.csv").write_text(f"id,href\ngood,{image}\nbad,cut.tif\n")
     for found in ("1 mapped, 1 failed", "1 kept, 1 failed"):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 import rasterio.shutil
@@ -30,7 +31,8 @@ from geolab.inference.rows import WindowSource, plan_windows, receptive_field, s
 from geolab.inference.tta import D4, pyramid_score, tta_score
 from geolab.inference.vectorize import polygonise, write_polygons
 from geolab.inference.windows import predict_raster, predict_windows
-from geolab.training.runs import BUILDERS, StageLog, save_model
+from geolab.recipes.pipeline import outline_maps
+from geolab.training.runs import BUILDERS, Run, StageLog, save_model
 
 UTM = dict(crs="EPSG:32608", transform=Affine(3, 0, 500_000, 0, -3, 7_700_000))
 
@@ -331,12 +333,13 @@ def test_a_raster_that_changes_while_it_is_mapped(tmp_path, scene):
 def home(tmp_path, monkeypatch):
     "A run folder with one convolution."
     monkeypatch.setitem(BUILDERS, "pair", lambda in_channels: nn.Conv2d(in_channels, 1, 3, padding=1))
+    torch.manual_seed(0)
     home = tmp_path/"run"
     log = StageLog(home, "thaw_slump", ["train", "calibrate"])
     scale = BandScale(("red", "nir"), (0., 0.), (100., 100.), "float32", 3., 2)
     log.record("train", "k", save_model(home, BUILDERS["pair"](2), builder="pair", arguments=dict(in_channels=2), scale=scale, tile_size=32), 1)
     log.record("calibrate", "k", [write_json(home/"calibration.json", Calibrator().to_dict()),
-        write_json(home/"threshold.json", {"chosen": "1:9", "1:9": Threshold(.2, Calibrator().probability(.2), .8, .1, "tile").to_dict()})], 1)
+        write_json(home/"threshold.json", {"chosen": "1:9", "1:9": Threshold(.2, Calibrator().probability(.2), .8, .1, "tile", certified=True, blocks=60, gate=dict(logit=.2, max_background=.256, blocks=60, block_size_px=32)).to_dict()})], 1)
     return home
 
 
@@ -365,6 +368,37 @@ def test_the_command_line(tmp_path, home, scene, capsys):
     for options, match in [(["--probability", "--output", "class"], "give one of them"), (["--dtype", "int3"], "float32, float16, uint8 or uint16"), ([], "exists; choose another name")]:
         code, said = geolab(*options)
         assert code == 2 and match in said
+
+
+def test_the_polygons_of_the_command_are_those_of_the_map_also_when_it_was_broken_off(tmp_path, home, scene, capsys, monkeypatch):
+    "Beside each map: the files that `outline_maps` makes of the finished one, row by row, and nothing else."
+    def geolab(name):
+        with pytest.raises(SystemExit) as stop: main(["predict", str(home), str(scene), str(tmp_path/"maps"/name), "--polygons"])
+        return stop.value.code, capsys.readouterr()
+    def tables(folder, stem): return {s: gpd.read_parquet(folder/f"{stem}{s}.parquet") for s in ("", "_gate")} | {s + ".geojson": gpd.read_file(folder/f"{stem}{s}.geojson") for s in ("", "_gate")}
+    said = geolab("map.tif")[1].out
+    assert "blocks of the map are louder" in said and said.count("map_gate") == 2
+    stop = [2]
+    def breaks(*args, **kwargs):
+        stop[0] -= 1
+        if stop[0] < 0: raise GeolabError("no more rows")
+        return score_row(*args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr("geolab.inference.windows.score_row", breaks)
+        code, said = geolab("broken.tif")
+    assert code == 2 and "no more rows" in said.err and not list((tmp_path/"maps").glob("broken*")) and (tmp_path/"maps"/".broken.tif.draft").exists()
+    assert geolab("broken.tif")[0] == 0
+    run = Run.load(home)
+    for stem in ("map", "broken"):
+        outline_maps({stem: tmp_path/"maps"/f"{stem}.tif"}, run.threshold, run.calibrator, tmp_path/"want", names=(stem, f"{stem}_gate"))
+        want, got = tables(tmp_path/"want", stem), tables(tmp_path/"maps", stem)
+        assert 0 < want[""].certified.sum() < len(want[""])
+        for name, table in want.items():
+            mine = got[name].sort_values("id", ignore_index=True) if "id" in table else got[name]
+            assert set(mine.columns) == set(table.columns) and mine.crs == table.crs and mine.geometry.geom_equals_exact(table.geometry, 0).all()
+            plain = table.drop(columns="geometry")
+            pd.testing.assert_frame_equal(mine[plain.columns], plain, check_exact=True, check_dtype=False)
+    assert sorted(p.name for p in (tmp_path/"maps").iterdir()) == sorted(f"{stem}{s}" for stem in ("map", "broken") for s in (".tif", ".parquet", ".geojson", "_gate.parquet", "_gate.geojson"))
 
 
 def test_several_files_or_none(tmp_path, scene):

@@ -68,7 +68,7 @@ class MapDraft:
             self.lock = _lock(self.folder/"lock", self.path)
             self.ends = self.journal()
             if not self.ends:
-                for old in self.folder.iterdir(): old.name == "lock" or old.unlink()
+                for old in self.folder.iterdir(): old.name == "lock" or (shutil.rmtree if old.is_dir() else os.unlink)(old)
             with atomic_file(self.folder/"journal") as f: f.write_text("\n".join([self.key, *map(str, self.ends), ""]))
         except OSError as error: raise ConfigError(f"cannot write into {self.path.parent}: {error.strerror}") from error
         return self

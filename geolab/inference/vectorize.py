@@ -9,7 +9,7 @@ __all__ = ['SUFFIXES', 'find_runs', 'join_runs', 'connect_runs', 'trace_runs', '
 # %% ../../nbs/inference/65_vectorize.ipynb #b678e7f0
 import json, math, os, shutil
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import geopandas as gpd
 import numpy as np
@@ -292,9 +292,10 @@ class PolygonFiles:
         crs: pyproj.CRS, # Of all parts
         suffixes: Sequence[str] = (".parquet", ".geojson"), # Which files, some of `SUFFIXES`
         part: int = 5_000, # Polygons to hold before they go to disk
+        parts: Path|str|None = None, # Where they lie until the end, on the same disk; `None` for a hidden folder beside the files
     ):
         self.folder, self.stem, self.crs, self.suffixes, self.part = Path(folder), stem, crs, tuple(_known(suffixes)), part
-        self.held, self.first, self.parts = [], [], self.folder/f".{stem}.parts"
+        self.held, self.first, self.parts = [], [], Path(parts or self.folder/f".{stem}.parts")
 
     def add(self, table: gpd.GeoDataFrame): # With `first`, as `Outliner.band` gives it
         "Take in some polygons."
@@ -309,28 +310,31 @@ class PolygonFiles:
 
     def _pieces(self): return sorted(self.parts.glob("[0-9]*.parquet"))
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def _batches(self, more) -> Iterator[pa.RecordBatch]:
         first, done = np.sort(np.concatenate(self.first)), 0
         for piece in self._pieces():
             table = gpd.read_parquet(piece)
             done += len(table)
-            plain = pd.DataFrame(table.drop(columns=["first", "geometry"])); plain.insert(0, "id", 1 + np.searchsorted(first, table["first"]))
-            yield pa.RecordBatch.from_pandas(plain.assign(geometry=table.geometry.to_wkb()), preserve_index=False)
+            table.insert(0, "id", 1 + np.searchsorted(first, table.pop("first")))
+            table = more(table)
+            yield pa.RecordBatch.from_pandas(pd.DataFrame(table.drop(columns="geometry")).assign(geometry=table.geometry.to_wkb()), preserve_index=False)
         if done != len(first): raise RunError(f"{self.parts} holds {done} of {len(first)} polygons; another process wrote there: draw the map again")
 
-    def finish(self) -> tuple[Path, ...]: # The files, in the order of `suffixes`
+    def finish(self,
+        more: Callable[[gpd.GeoDataFrame], gpd.GeoDataFrame] = lambda table: table, # Adds columns that nobody knew before
+    ) -> tuple[Path, ...]: # The files, in the order of `suffixes`
         "Join the parts; each file is whole or absent."
         if not self.first: raise DataError("no table was added; an empty one says which columns there are")
         if sum(map(len, self.held)) or not self._pieces(): self._flush()  # a part without polygons has no kind of geometry
-        paths, schema = tuple(self.folder/f"{self.stem}{s}" for s in self.suffixes), next(self._batches()).schema
+        paths, schema = tuple(self.folder/f"{self.stem}{s}" for s in self.suffixes), next(self._batches(more)).schema
         geo = dict(version="1.0.0", primary_column="geometry", columns=dict(geometry=dict(encoding="WKB", geometry_types=["Polygon", "MultiPolygon"], crs=self.crs.to_json_dict())))
         try:
             made = [self.parts/f"whole{path.suffix}" for path in paths] # in the folder of the parts: whatever a crash leaves there goes with it
             for file in made:
                 if file.suffix == ".parquet":
                     with pq.ParquetWriter(file, schema.with_metadata({"geo": json.dumps(geo)})) as out:
-                        for batch in self._batches(): out.write_batch(batch.replace_schema_metadata({"geo": json.dumps(geo)}))
-                else: pyogrio.write_arrow(pa.RecordBatchReader.from_batches(schema, self._batches()), file, layer=self.stem, geometry_name="geometry", geometry_type="Unknown", crs=self.crs.to_wkt(), **_WRITERS[file.suffix])
+                        for batch in self._batches(more): out.write_batch(batch.replace_schema_metadata({"geo": json.dumps(geo)}))
+                else: pyogrio.write_arrow(pa.RecordBatchReader.from_batches(schema, self._batches(more)), file, layer=self.stem, geometry_name="geometry", geometry_type="Unknown", crs=self.crs.to_wkt(), **_WRITERS[file.suffix])
                 with open(file, "rb") as f: os.fsync(f.fileno())
             for file, path in zip(made, paths): os.replace(file, path)
         except OSError as error: raise ConfigError(f"cannot write polygons into {self.folder}: {error.strerror or error}") from error
