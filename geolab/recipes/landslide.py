@@ -16,23 +16,24 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
+from scipy.special import softmax
 from torch import Tensor
 
 from ..core import ConfigError, DataError, atomic_file, content_hash, load_yaml, read_json, write_json
 from ..data.augment import rgb_of
-from ..data.raster import find_images, pair_masks, read_info, read_window, write_geotiff
+from ..data.raster import find_images, pair_masks, read_info, read_window
 from ..evaluation.calibration import SoftmaxCalibrator, ece, fit_softmax, plot_reliability, reliability
 from ..evaluation.metrics import average_precision
 from ..evaluation.ordinal import (OrdinalScores, best_cuts, compare_baseline, counts_as_json, decide, describe_difference, majority, ordinal_difference, ordinal_interval,
     ordinal_metrics, ordinal_validation, plot_confusion, plot_measures, success_table)
 from ..evaluation.scores import load_scores, save_scores
-from ..inference.crf import dense_crf, document_settings
+from ..inference.crf import crf_rim, crf_score, document_settings, with_place
 from ..inference.tta import D4, DOUBT, doubt_score
 from ..inference.windows import predict_windows
 from ..nn.segmentation import class_logits
 from ..page import Html, Missing, absent, facts, figure, pick, show, table, tag
 from .ordinal_training import PROFILES, CrfConfig, LandslideConfig, Work
-from .pipeline import Stage, calibration_part, check_space, display, fingerprint, merge_config, open_folder, resume_run, start_run
+from .pipeline import Stage, calibration_part, check_space, display, display_limits, fingerprint, merge_config, open_folder, resume_run, start_run
 from ..report import RunFiles, build_report, part_files, part_split, part_training
 from ..training.baselines import fit_band_cuts, fit_class_logistic, sample_classes
 from ..training.runs import Run, load_model
@@ -96,9 +97,6 @@ def draw_probabilities(
     "Map calibrated probabilities and doubt."
     c, calibrator = LandslideConfig.parse(run.config), load_calibrator(run.path)
     names, k = list(c.classes), len(c.classes)
-    def written(z):
-        p = np.exp(z[:k] - z[:k].max(0))
-        return np.concatenate([p/p.sum(0), z[k:]])
     info, scale = read_info(image), run.scale
     bands = scale.check(info)
     def read(*window):
@@ -108,7 +106,7 @@ def draw_probabilities(
             seen &= known & (hidden == 0)
         return scale.apply(x, seen), seen
     key = [[read_json(path/"model.json")["sha256"] for path in network_folders(run.path)], calibrator.temperature, calibrator.bias, c.inference.tta, c.model.head, scale.to_dict(), clouds and fingerprint([clouds])]
-    return predict_windows(risk_score(run.path, c, calibrator), info, dst, read=read, batch_size=8 if torch.cuda.is_available() else 1, tile=run.tile_size, overlap=c.inference.overlap, channels=k + len(DOUBT), transform_logits=written,
+    return predict_windows(risk_score(run.path, c, calibrator), info, dst, read=read, batch_size=8 if torch.cuda.is_available() else 1, tile=run.tile_size, overlap=c.inference.overlap, channels=k + len(DOUBT), transform_logits=lambda z: np.concatenate([softmax(z[:k], 0), z[k:]]),
         name=[*(f"probability_{name}" for name in names), *DOUBT], key=content_hash(key), tags=dict(GEOLAB_RUN=run.path.resolve().name), **kwargs)
 
 def refine(
@@ -116,18 +114,21 @@ def refine(
     image: Path|str, # The image that was mapped
     dst: Path|str, # GeoTIFF to write
     crf: CrfConfig,
+    **kwargs, # For `predict_windows`
 ) -> Path: # Bands `probability_low` and so on
     "Smooth the probabilities of a map along the edges of its image."
     info, source = read_info(network_map), read_info(image)
     names = tuple(b for b in info.bands if b.startswith("probability_"))
-    p, drawn = read_window(info, 0, 0, info.height, info.width, bands=names)
-    shown = [source.bands[i] for i in rgb_of(source.bands) or [0]]  # what `display` looks at
-    pixels, valid = read_window(source, 0, 0, info.height, info.width, bands=shown)
+    shown = tuple(source.bands[i] for i in rgb_of(source.bands) or [0])  # what `display` looks at
     settings = document_settings({name: getattr(crf, name) for name in ("enabled", "iterations", "spatial_weight", "compat_spatial", "compat_bilateral", "tile_size")})
-    p[:, ~drawn] = 1/len(p)
-    q = dense_crf(p/p.sum(0), display(pixels, valid, tuple(shown)).astype(np.float32), valid=drawn, bilateral_sxy=crf.bilateral_sxy, bilateral_srgb=crf.bilateral_srgb, compatibility=crf.compatibility, **settings)
-    q[:, ~drawn] = np.nan
-    return write_geotiff(dst, q.astype(np.float32), crs=info.crs, transform=info.transform, nodata=np.nan, bands=names)
+    settings |= dict(bilateral_sxy=crf.bilateral_sxy, bilateral_srgb=crf.bilateral_srgb, compatibility=crf.compatibility)
+    tile, rim, k, limits = settings.pop("tile"), crf_rim(**settings), len(names), display_limits(source, shown)
+    def read(*window):
+        (p, drawn), (pixels, valid) = read_window(info, *window, bands=names), read_window(source, *window, bands=shown)
+        return np.concatenate([p, drawn*display(pixels, valid, shown, limits)]), drawn
+    score = crf_score(lambda x: x[:, :k].clamp(min=1e-12).log(), bands=range(k, k + 3), place=True, **settings)
+    return predict_windows(score, info, dst, read=with_place(read), tile=tile + 2*rim, halo=rim, channels=k, transform_logits=lambda z: softmax(z, 0), name=names,
+        key=content_hash([settings, limits.tolist(), fingerprint([image])]), **kwargs)
 
 def draw_classes(
     probabilities: Path|str, # Map of probabilities; its first bands are those of the classes
@@ -163,7 +164,7 @@ def smooth(self: Work):
     "Refine the maps by the CRF."
     crf = self.config.inference.crf
     self.say(f"  spatial_weight {crf.spatial_weight:g} is read as the width of the Gaussian kernel in pixels (gaussian_sxy), which it is in the document's CRF")
-    return [refine(self.path(s, "network"), s.info.path, self.path(s, "risk"), crf) for s in self.scenes]
+    return [refine(self.path(s, "network"), s.info.path, self.path(s, "risk"), crf, overwrite=True) for s in self.scenes]
 
 @patch
 def on_blocks(self: Work, run, part, read):
@@ -481,7 +482,7 @@ def predict(
     if clouds is not None: clouds = pair_masks([info], clouds, "cloud mask")[0].path
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw_probabilities(run, image, paths["network"], clouds, overwrite=overwrite)
-    if "risk" in paths: drawn = refine(drawn, image, paths["risk"], c.inference.crf)
+    if "risk" in paths: drawn = refine(drawn, image, paths["risk"], c.inference.crf, overwrite=overwrite)
     draw_classes(drawn, paths["class"], c.classes, kept[kept["map"]], name=run.path.resolve().name, overwrite=overwrite)
     return list(paths.values())
 
