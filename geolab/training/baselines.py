@@ -14,7 +14,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +27,7 @@ def sample_pixels(
     dataset: Dataset, # Samples with `image`, `mask`, `valid`; not augmented
     max_pixels: int = 200_000, # Size of the sample; positives fill at most half of it
     *,
-    seed: int = 0,
+    seed: int = 0, # Of the draw of pixels
     progress: bool = True, # Show a bar
 ) -> tuple[Float[np.ndarray, "n c"], Bool[np.ndarray, " n"], dict[bool, float]]: # Bands, positive or not, and the share of each class that was kept
     "Draw valid pixels from a data set, rare positives first."
@@ -66,7 +66,7 @@ def fit_pixel_logistic(
     dataset: Dataset, # Train tiles, not augmented
     *,
     max_pixels: int = 200_000, # Size of the sample it is fitted on
-    seed: int = 0,
+    seed: int = 0, # Of the draw of pixels
     progress: bool = True, # Show a bar
 ) -> PixelLogistic:
     "Fit logistic regression on the bands of single pixels."
@@ -85,7 +85,7 @@ def pixel_logistic(
     blocks: Sequence[str]|None = None, # Blocks of the histogram; `None` takes those of `evaluation`
     *,
     max_pixels: int = 200_000, # Size of the sample it is fitted on
-    seed: int = 0,
+    seed: int = 0, # Of the draw of pixels
     progress: bool = True, # Show bars
 ) -> ScoreHistogram: # Of logits at the train tiles' share of positives
     "Scores of logistic regression on single pixels."
@@ -109,9 +109,9 @@ def sample_classes(
     per_class: int = 20_000, # Pixels of each class at most
     *,
     read: Callable[[dict], np.ndarray]|None = None, # From a sample to numbers (c, h, w); `None` takes the image
-    seed: int = 0,
+    seed: int = 0, # Of the draw of pixels
     progress: bool = True, # Show a bar
-) -> tuple[Float[np.ndarray, "n c"], np.ndarray, Float[np.ndarray, " n"]]: # Numbers, class (n,), and how many pixels each one stands for
+) -> tuple[Float[np.ndarray, "n c"], Int[np.ndarray, " n"], Float[np.ndarray, " n"]]: # Numbers, class, and how many pixels each one stands for
     "Draw valid pixels of each class from a data set."
     kept, seen = {k: [] for k in range(classes)}, np.zeros(classes, int)
     def smallest(parts, n):
@@ -138,9 +138,9 @@ def sample_classes(
 # %% ../../nbs/training/53_baselines.ipynb #8f436504
 @dataclass(frozen=True)
 class ClassLogistic:
-    "Weights (K, c) and intercepts (K,); call it with images."
-    weights: np.ndarray
-    bias: np.ndarray
+    "Weights and intercepts of each class; call it with images."
+    weights: Float[np.ndarray, "k c"] # For the bands as they come
+    bias: Float[np.ndarray, " k"] # At the classes' shares of the train tiles
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
         "Logits of the K classes."
         return torch.einsum("bchw,kc->bkhw", images.float(), torch.as_tensor(self.weights, dtype=torch.float32)) + torch.as_tensor(self.bias, dtype=torch.float32)[:, None, None]
@@ -150,7 +150,7 @@ def fit_class_logistic(
     classes: int, # Number K of classes
     *,
     per_class: int = 20_000, # Pixels of each class in the sample
-    seed: int = 0,
+    seed: int = 0, # Of the draw of pixels
     progress: bool = True, # Show a bar
 ) -> ClassLogistic:
     "Fit multinomial logistic regression on the bands of single pixels."
@@ -181,7 +181,7 @@ def fit_band_cuts(
     band: int, # Number of the band
     *,
     per_class: int = 20_000, # Pixels of each class in the sample
-    seed: int = 0,
+    seed: int = 0, # Of the draw of pixels
     progress: bool = True, # Show a bar
 ) -> BandCuts:
     "Cut one band into ordered classes."

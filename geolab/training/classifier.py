@@ -8,7 +8,7 @@ __all__ = ['FloodClassifier', 'FloodSearch', 'search_flood_model']
 # %% ../../nbs/training/58_classifier.ipynb #dd7bad90
 from dataclasses import dataclass
 from itertools import product
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,14 +32,14 @@ class FloodClassifier(ClassifierMixin, BaseEstimator):
         alpha: float|None = .75, # Weight of the second class in the focal loss
         gamma: float = 2., # Focus of the focal loss
         epochs: int = 100, # At most
-        batch_size: int = 32,
-        learning_rate: float = 1e-3,
+        batch_size: int = 32, # Windows per step
+        learning_rate: float = 1e-3, # Of Adam, at the start
         patience: int = 10, # Epochs without a lower validation loss before it stops
         clip: float|None = 1., # Largest norm of the gradient
         validation_split: float = .2, # Share of the last rows that validate, with a gap before them; 0 for none
         shuffle_overlapping: bool = False, # Validate on random rows instead
         device: str = "auto", # As in `ConvLSTMFloodModel`
-        random_state=0, # A seed, a RandomState, or `None` for another result each time
+        random_state: Any = 0, # A seed, a RandomState, or `None` for another result each time
         progress: bool = False, # Show a bar
     ):
         self.seq_len, self.conv_filters, self.lstm_units, self.dropout, self.alpha, self.gamma = seq_len, conv_filters, lstm_units, dropout, alpha, gamma
@@ -74,18 +74,24 @@ class FloodClassifier(ClassifierMixin, BaseEstimator):
         self.model_.fit(x, code, validation_split=self.validation_split, shuffle_overlapping=self.shuffle_overlapping, progress=self.progress)
         return self
 
-    def decision_function(self, X) -> Float[np.ndarray, " n"]:
+    def decision_function(self,
+        X: Float[np.ndarray, "n d"], # As for `fit`
+    ) -> Float[np.ndarray, " n"]: # Logits
         "Calibrated logits of the second class."
         check_is_fitted(self)
         x = self._windows(validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False))
         return self.model_.calibrator.logits(self.model_.predict_logits(x, exact=True))
 
-    def predict_proba(self, X) -> Float[np.ndarray, "n 2"]:
+    def predict_proba(self,
+        X: Float[np.ndarray, "n d"], # As for `fit`
+    ) -> Float[np.ndarray, "n 2"]: # Sums to 1
         "Probabilities of both classes, in the order of `classes_`."
         p = 1/(1 + np.exp(-self.decision_function(X)))
         return np.stack([1 - p, p], 1)
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self,
+        X: Float[np.ndarray, "n d"], # As for `fit`
+    ) -> np.ndarray: # (n,), values of `classes_`
         "The more probable class."
         z = self.decision_function(X)
         return self.classes_[(z > 0).astype(int)]
@@ -103,8 +109,8 @@ def search_flood_model(
     y: Sequence[int], # 0 or 1
     *,
     alpha: Sequence[float|None] = (.25, .5, .75), # Values to try
-    gamma: Sequence[float] = (0., 1., 2.),
-    conv_filters: Sequence[int] = (32, 64),
+    gamma: Sequence[float] = (0., 1., 2.), # Values to try
+    conv_filters: Sequence[int] = (32, 64), # Values to try
     training: SeriesTraining|None = None, # All else; `None`: the document's
     validation_split: float = .2, # As in `hold_out`, like the four below
     times: Sequence|None = None,

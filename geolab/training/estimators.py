@@ -33,9 +33,9 @@ from ..nn.sequence_nets import ConvBiLSTMAttention, LSTMConfig, SteelDefectLSTM
 # %% ../../nbs/training/52_estimators.ipynb #b6410d5c
 class SeriesTraining(Config):
     "How a sequence network is trained; the flood document's values."
-    epochs: int = Field(100, ge=1)                  # At most
+    epochs: int = Field(100, ge=1)                  # Passes over the training series, at most
     batch_size: int = Field(32, ge=2)               # Series per step; the last batches share what is left
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)        # Of Adam, at the start
     patience: int = Field(10, ge=1)                 # Epochs without a lower validation loss after which training stops
     weight_decay: float = Field(0., ge=0)           # L2 penalty
     clip: float|None = Field(1., gt=0)              # Largest norm of the gradient; `None` leaves it
@@ -148,7 +148,7 @@ def train_sequences(
     training: SeriesTraining = SeriesTraining(),
     *,
     seed: int = 0, # Of batches and dropout; the initial weights are the caller's
-    device: str|torch.device = "cpu",
+    device: str|torch.device = "cpu", # Where to train
     progress: bool = True, # Show a bar
     on_epoch: Callable[[dict], None]|None = None, # Called with each row of the history
 ) -> list[dict]: # A row per epoch: epoch, train_loss, val_loss, val_average_precision, lr, seconds; the network has the weights of the lowest val_loss
@@ -214,19 +214,26 @@ def predict_logits(self: SequenceModel,
     sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
     *,
     exact: bool = False, # Compute in float64: the rest of the batch then changes nothing above 1e-9
-) -> Float[np.ndarray, " n"]:
+) -> Float[np.ndarray, " n"]: # Logits, not calibrated
     "Logits of the network, as they come."
     self._check_fitted()
     network = copy.deepcopy(self.network).double() if exact else self.network
     return _forward(network, *self._input(X, sequence_lengths), self.device)[0][:, 0]
 
 @patch
-def predict_proba(self: SequenceModel, X, sequence_lengths=None) -> Float[np.ndarray, "n 1"]:
+def predict_proba(self: SequenceModel,
+    X: Float[np.ndarray, "n t f"], # Series, unscaled; or a list of series (t, f)
+    sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
+) -> Float[np.ndarray, "n 1"]: # From 0 to 1
     "Probabilities: the focal loss undone, then `calibrator`."
     return self.calibrator.probability(self.predict_logits(X, sequence_lengths).astype(np.float64))[:, None]
 
 @patch
-def predict(self: SequenceModel, X, threshold=.5, sequence_lengths=None) -> Int[np.ndarray, " n"]:
+def predict(self: SequenceModel,
+    X: Float[np.ndarray, "n t f"], # Series, unscaled; or a list of series (t, f)
+    threshold: float = .5, # A probability
+    sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
+) -> Int[np.ndarray, " n"]: # 0 or 1
     "1 where the probability is above the threshold."
     return (self.predict_proba(X, sequence_lengths)[:, 0] > threshold).astype(np.int64)
 
@@ -244,14 +251,14 @@ def fit(self: SequenceModel,
     X: Float[np.ndarray, "n t f"], # Series, unscaled; or a list of series (t, f)
     y: Sequence[int], # 0 or 1
     epochs: int|None = None, # At most; `None`, here and below: that of `training`
-    batch_size: int|None = None,
+    batch_size: int|None = None, # Series per step
     validation_split: float = .2, # Share of the rows that validate, as in `hold_out`; 0 for none
-    learning_rate: float|None = None,
+    learning_rate: float|None = None, # Of Adam, at the start
     patience: int|None = None, # Epochs without a lower validation loss before it stops
     *,
     validation_data: tuple|None = None, # (X, y) or (X, y, lengths) instead of a split
     sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
-    times: Sequence|None = None, # As in `hold_out`, like the four below
+    times: Sequence|None = None, # As in `hold_out`, like the three below
     groups: Sequence|None = None,
     gap: int|None = None,
     shuffle_overlapping: bool = False,
@@ -294,7 +301,13 @@ def scores(self: SequenceModel,
     return ScoreHistogram(list(dict.fromkeys(block))).update(z, y, block=block)
 
 @patch
-def evaluate(self: SequenceModel, X, y, block="all", sequence_lengths=None, threshold: float = .5) -> dict:
+def evaluate(self: SequenceModel,
+    X: Float[np.ndarray, "n t f"], # Series, unscaled
+    y: Sequence[int], # 0 or 1
+    block: Sequence[str]|str = "all", # Block of each series, for intervals
+    sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
+    threshold: float = .5, # A probability between 0 and 1
+) -> dict: # As `summary`, with `probability`, `brier` and `trivial`
     "Metrics at a probability, with intervals by block, the Brier score, and what always saying no reaches."
     hist = self.scores(X, y, block, sequence_lengths)
     z, p = hist.edges, self.calibrator.probability(hist.edges)
@@ -302,8 +315,12 @@ def evaluate(self: SequenceModel, X, y, block="all", sequence_lengths=None, thre
     return summary(hist, float(z[min(np.searchsorted(p, threshold), len(z) - 1)])) | dict(probability=threshold, brier=brier(hist, self.calibrator), trivial=trivial_baselines(hist))
 
 @patch
-def get_attention_weights(self: SequenceModel, X, sequence_lengths=None, **which) -> Float[np.ndarray, "n ..."]:
-    "Where the network looks, 0 in the padding; flood: (n, t, t), rows look at columns, mean over heads (`per_head=True`: (n, heads, t, t)); casting: (n, t)."
+def get_attention_weights(self: SequenceModel,
+    X: Float[np.ndarray, "n t f"], # Series, unscaled; or a list of series (t, f)
+    sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
+    **which: Any, # Flood: `per_head=True` for (n, heads, t, t)
+) -> Float[np.ndarray, "n ..."]: # 0 in the padding; flood (n, t, t), rows look at columns, mean over heads; casting (n, t)
+    "Where the network looks."
     self._check_fitted()
     return _forward(self.network, *self._input(X, sequence_lengths), self.device, return_attention=True, **which)[1]
 

@@ -10,7 +10,7 @@ __all__ = ['read_changes', 'clear_shares', 'chain', 'choose_runs', 'View', 'both
 # %% ../../nbs/training/55_stack_tiles.ipynb #a89fee74
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import geopandas as gpd
 import numpy as np
@@ -30,11 +30,11 @@ from ..nn.segmentation import ChangeSegmenter
 
 # %% ../../nbs/training/55_stack_tiles.ipynb #6657d84c
 def read_changes(
-    path, # Vector file, or polygons in memory
+    path: Any, # Vector file, or polygons in memory
     date_column: str = "date", # Attribute with the day of the change, as text (2020-03-18), a date, or days since 1970-01-01
     *,
     column: str|None = None, # Attribute that says the class, as in `read_labels`
-    positive=None, # Its values that count
+    positive: Sequence|None = None, # Its values that count; `None`: all
 ) -> gpd.GeoDataFrame: # Valid polygons with `day`, days since 1970-01-01
     "Read polygons of dated changes."
     polygons = read_labels(path, column=column, positive=positive)
@@ -177,7 +177,7 @@ def stack_tiles(
 def few(
     tiles: pd.DataFrame, # Rows of `stack_tiles`
     most: int|None, # Rows to keep; `None` keeps all
-    seed: int = 0,
+    seed: int = 0, # Of the draw
 ) -> pd.DataFrame: # In their order
     "Some of the samples, with the same share of those that hold change."
     if most is None or len(tiles) <= most: return tiles
@@ -205,7 +205,7 @@ def fit_stack_scale(
     bands: Sequence[str], # In the wished order
     *,
     most: int = 300, # Tiles that are read, drawn at random
-    seed: int = 0,
+    seed: int = 0, # Of the draw
 ) -> BandScale:
     "Mean and deviation per band over clear pixels of all dates."
     some = tiles.iloc[np.sort(np.random.default_rng(seed).permutation(len(tiles))[:most])]
@@ -301,7 +301,7 @@ def joint_logits(
 
 # %% ../../nbs/training/55_stack_tiles.ipynb #b2c89463
 def view_reader(
-    view: View,
+    view: View, # Run of dates
     scale: BandScale, # Its bands are read
     steps: Sequence[int]|None = None, # Positions of the dates to read, the last one among them; `None` for all
 ) -> Callable: # From row, col, height and width to channels (t*c + t, h, w) and the pixels that can be judged (h, w)
