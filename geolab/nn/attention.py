@@ -427,7 +427,7 @@ def deletion_test(
     how: Literal["delete", "mask", "shuffle"] = "delete", # `delete` closes the gap, `mask` leaves it as not valid, `shuffle` fills it with other steps of the series
     draws: int = 20, # Random deletions to compare with
     seed: int = 0, # For these, and for ties between weights
-) -> DeletionCurves:
+) -> DeletionCurves: # Draw them with `plot_deletion`
     "Does the answer depend on the steps that are attended?"
     shares, draws = _check_test(shares, how, draws)
     sequence, valid = check_steps(sequence, lengths, valid)

@@ -14,7 +14,7 @@ from typing import Literal, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError
@@ -143,7 +143,7 @@ class BinaryFocalLoss(nn.Module):
 
     def forward(self,
         logits: Float[Tensor, "b ..."], # Logits, e.g. (b, h, w) or (b, 1, h, w)
-        target: Tensor, # 0 or 1 (any type), or soft labels in [0, 1]; same shape, or without the channel axis of 1
+        target: Shaped[Tensor, "b ..."], # 0 or 1 (any type), or soft labels in [0, 1]; same shape, or without the channel axis of 1
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts; `None` counts all
     ) -> Float[Tensor, "..."]: # float32
         "Loss of a batch."
@@ -187,7 +187,7 @@ class FocalLoss(nn.Module):
 
     def forward(self,
         logits: Float[Tensor, "b ..."], # Logits; with K weights (b, K, ...)
-        target: Tensor, # Binary: as in `BinaryFocalLoss`. K classes: whole numbers 0..K-1 (b, ...), or shares (b, K, ...)
+        target: Shaped[Tensor, "b ..."], # Binary: as in `BinaryFocalLoss`. K classes: whole numbers 0..K-1 (b, ...), or shares (b, K, ...)
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts; for K classes (b, ...)
     ) -> Float[Tensor, "..."]: # float32
         "Loss of a batch."
@@ -252,7 +252,7 @@ class TverskyLoss(nn.Module):
 
     def forward(self,
         logits: Float[Tensor, "b ..."], # Logits of one class, e.g. (b, h, w) or (b, 1, h, w)
-        target: Tensor, # 0 or 1 (any type), or soft labels in [0, 1]; same shape, or without the channel axis of 1
+        target: Shaped[Tensor, "b ..."], # 0 or 1 (any type), or soft labels in [0, 1]; same shape, or without the channel axis of 1
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts; `None` counts all
     ) -> Float[Tensor, ""]: # float32, from 0 to 1
         "Loss of a batch."
@@ -296,7 +296,7 @@ class CombinedLoss(nn.Module):
 
     def forward(self,
         logits: Float[Tensor, "b ..."], # Logits
-        target: Tensor, # As in `BinaryFocalLoss`
+        target: Shaped[Tensor, "b ..."], # As in `BinaryFocalLoss`
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts
     ) -> Float[Tensor, ""]: # float32
         "Loss of a batch."
@@ -376,7 +376,7 @@ class CoralLoss(nn.Module):
 
     def forward(self,
         logits: Float[Tensor, "b r ..."], # Logits of the K - 1 questions, of `CoralHead`; not those of a softmax
-        target: Tensor, # Whole numbers 0..K-1 (b, ...), or shares (b, K, ...)
+        target: Shaped[Tensor, "b ..."], # Whole numbers 0..K-1 (b, ...), or shares (b, K, ...)
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts, (b, ...)
     ) -> Float[Tensor, "..."]: # float32
         "Loss of a batch."
@@ -458,7 +458,7 @@ class OrdinalLoss(nn.Module):
 
     def forward(self,
         logits: tuple[Float[Tensor, "b k ..."], Float[Tensor, "b r ..."]], # Pair: logits of the K classes, logits of the K - 1 questions
-        target: Tensor, # Whole numbers 0..K-1 (b, ...), or shares (b, K, ...)
+        target: Shaped[Tensor, "b ..."], # Whole numbers 0..K-1 (b, ...), or shares (b, K, ...)
         valid: Bool[Tensor, "b ..."]|None = None, # True where a pixel counts, (b, ...)
     ) -> Float[Tensor, "..."]: # float32
         "Loss of a batch."
