@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, GeolabError, MissingExtra, check_shape, nearest
@@ -95,13 +95,18 @@ class Segmenter(nn.Module):
 
     frozen: tuple[str, ...] = ()  # modules that `freeze_encoder` holds in evaluation mode
 
-    def train(self, mode: bool = True) -> "Segmenter":
+    def train(self,
+        mode: bool = True, # `False` for evaluation
+    ) -> "Segmenter":
         "Set the mode; what is frozen stays in evaluation mode."
         super().train(mode)
         for name in self.frozen: self.get_submodule(name).eval()
         return self
 
-    def padded(self, height: int, width: int) -> tuple[int, int]:
+    def padded(self,
+        height: int, # Of the image, in pixels
+        width: int, # Of the image, in pixels
+    ) -> tuple[int, int]:
         "Height and width at which the network sees an image of this size."
         steps = (max(0, -((self.minimum - side)//self.multiple)) for side in (height, width))
         return tuple(self.minimum + n*self.multiple for n in steps)
@@ -282,7 +287,7 @@ def describe(
 # %% ../../nbs/nn/34_segmentation.ipynb #c8bf596f
 class ChangeSegmenter(Segmenter):
     "One encoder for two images of a place, and a decoder for what differs; made by `build_change_network`."
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs): # As for `Segmenter`; its arguments have `fusion`
         super().__init__(*args, **kwargs)
         channels = self.network.encoder.out_channels[1:]  # level 0 is the image itself, of which decoders take only the size
         self.merge = nn.ModuleList(nn.Conv2d(2*c, c, 1, bias=False) if c else nn.Identity() for c in channels) if self.arguments["fusion"] == "concat" else None
@@ -380,7 +385,7 @@ def class_logits(
 def read_heads(
     network: nn.Module, # A `UnetWithAttention`
     batch: dict, # `image`, `mask`, `valid`
-) -> tuple[Float[Tensor, "b c h w"], Tensor, Tensor]: # Logits of both heads behind each other, mask, valid
+) -> tuple[Float[Tensor, "b c h w"], Shaped[Tensor, "b ..."], Bool[Tensor, "b h w"]]: # Logits of both heads behind each other, mask, valid
     "How `fit` reads a batch with a network of two heads; of two classes, a soft mask (b, h, w) becomes shares of both."
     outputs, mask = network(batch["image"].contiguous(memory_format=torch.channels_last)), batch["mask"]
     if mask.is_floating_point() and mask.ndim == 3 and outputs[0].shape[1] == 2: mask = torch.stack([1 - mask, mask], 1)
@@ -396,9 +401,9 @@ class HeadsLoss(nn.Module):
         self.loss, self.classes = loss, classes
     def forward(self,
         logits: Float[Tensor, "b c h w"], # From `read_heads`
-        target: Tensor, # As for the loss
-        valid: Tensor|None = None, # As for the loss
-    ) -> Tensor: # As the loss gives it
+        target: Shaped[Tensor, "b ..."], # As for the loss
+        valid: Bool[Tensor, "b h w"]|None = None, # As for the loss
+    ) -> Float[Tensor, "..."]: # As the loss gives it
         "Loss of a batch."
         return self.loss((logits[:, :self.classes], logits[:, self.classes:]), target, valid)
 

@@ -233,13 +233,21 @@ class LSTMModelVariants:
         config["classifier"].update(classifier or {})
         return config
     @staticmethod
-    def standard_lstm() -> dict: return LSTMModelVariants._with(bidirectional=False)
+    def standard_lstm() -> dict:
+        "Two layers, forwards in time only."
+        return LSTMModelVariants._with(bidirectional=False)
     @staticmethod
-    def bidirectional_lstm() -> dict: return LSTMModelVariants._with()
+    def bidirectional_lstm() -> dict:
+        "The document's default."
+        return LSTMModelVariants._with()
     @staticmethod
-    def deep_lstm() -> dict: return LSTMModelVariants._with(num_layers=4)
+    def deep_lstm() -> dict:
+        "Four layers, both directions."
+        return LSTMModelVariants._with(num_layers=4)
     @staticmethod
-    def lightweight_lstm() -> dict: return LSTMModelVariants._with(dict(hidden_dims=[16]), hidden_size=32, num_layers=1, bidirectional=False)
+    def lightweight_lstm() -> dict:
+        "One layer of 32 units, forwards only."
+        return LSTMModelVariants._with(dict(hidden_dims=[16]), hidden_size=32, num_layers=1, bidirectional=False)
 
 # %% ../../nbs/nn/33_sequence_nets.ipynb #21922f97
 class _InputNorm(nn.Module):
@@ -363,7 +371,9 @@ def freeze_layers(self: SteelDefectLSTM,
     return self.train(self.training)
 
 @patch
-def train(self: SteelDefectLSTM, mode: bool = True) -> SteelDefectLSTM:
+def train(self: SteelDefectLSTM,
+    mode: bool = True, # `False` for evaluation
+) -> SteelDefectLSTM: # The network itself
     "Training or evaluation mode; frozen parts stay in evaluation mode."
     nn.Module.train(self, mode)
     for name in self._frozen: self.parts[name].eval()
