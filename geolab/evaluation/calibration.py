@@ -53,7 +53,9 @@ class Calibrator:
         return replace(self, bias=float(adjust_prior(self.bias, self.prevalence, prevalence)), prevalence=prevalence)
     def to_dict(self) -> dict: return asdict(self)
     @classmethod
-    def from_dict(cls, values: dict) -> "Calibrator":
+    def from_dict(cls,
+        values: dict, # From `to_dict`; other keys are left out
+    ) -> "Calibrator": # As it was
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         return cls(**known | dict(focal=None if known.get("focal") is None else tuple(known["focal"])))
     @property

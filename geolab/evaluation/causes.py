@@ -34,10 +34,10 @@ def cause_shares(
 
 # %% ../../nbs/evaluation/47_causes.ipynb #a7046182
 def check_shares(
-    weights: Float[np.ndarray, "n t"], # As in `cause_shares`, like the three below
-    lengths: Int[np.ndarray, " n"],
-    start: Int[np.ndarray, " n"],
-    end: Int[np.ndarray, " n"],
+    weights: Float[np.ndarray, "n t"], # Attention over the steps of each series, 0 in the padding
+    lengths: Int[np.ndarray, " n"], # Steps of each series
+    start: Int[np.ndarray, " n"], # First step of the cause
+    end: Int[np.ndarray, " n"], # First step after it
     block: Sequence[str], # What is redrawn together, such as the heat
     *,
     draws: int = 2000, # Of blocks, and of places

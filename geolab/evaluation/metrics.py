@@ -14,7 +14,7 @@ from typing import Literal, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from scipy.stats import norm, t as student_t
 from torch import Tensor
 
@@ -248,8 +248,8 @@ def _search(data, table, target, weight):
 
 # %% ../../nbs/evaluation/41_metrics.ipynb #7ebbf646
 def exact_threshold(
-    scores: np.ndarray|Tensor, # Any shape; float16, bfloat16 or float32; logits or any other score
-    target: np.ndarray|Tensor, # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
+    scores: Float[np.ndarray, "..."]|Float[Tensor, "..."], # Any shape; float16, bfloat16 or float32; logits or any other score
+    target: Shaped[np.ndarray, "..."]|Shaped[Tensor, "..."], # Same shape, 0 or 1, or soft labels; positive at 0.5 and above
     target_precision: float, # Between 0 and 1
     *,
     valid: Bool[np.ndarray, "..."]|Bool[Tensor, "..."]|None = None, # True where a score counts

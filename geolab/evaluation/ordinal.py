@@ -195,12 +195,17 @@ class OrdinalScores:
         self.confusion.update(found, target.cpu(), block=block, valid=None if valid is None else valid.cpu())
         return self
 
-    def parts(self, name: str) -> dict: # For `save_scores`: `name`, and `name above low`, `name above medium` ...
+    def parts(self,
+        name: str, # Of the part, such as "test"
+    ) -> dict: # For `save_scores`: `name`, and `name above low`, `name above medium` ...
         "The counts by name."
         return {name: self.confusion} | {f"{name} above {of}": rank for of, rank in zip(self.confusion.classes, self.ranks)}
 
     @classmethod
-    def of(cls, parts: Mapping, name: str) -> "OrdinalScores":
+    def of(cls,
+        parts: Mapping, # From `load_scores`
+        name: str, # That `parts` was asked with
+    ) -> "OrdinalScores": # Without calibrator and cuts, which counting had used
         "What `parts` gave, after `load_scores`."
         new = cls(parts[name].blocks, parts[name].classes)
         new.confusion, new.ranks = parts[name], tuple(parts[f"{name} above {of}"] for of in parts[name].classes[:-1])

@@ -112,11 +112,11 @@ def search_flood_model(
     gamma: Sequence[float] = (0., 1., 2.), # Values to try
     conv_filters: Sequence[int] = (32, 64), # Values to try
     training: SeriesTraining|None = None, # All else; `None`: the document's
-    validation_split: float = .2, # As in `hold_out`, like the four below
-    times: Sequence|None = None,
-    groups: Sequence|None = None,
-    gap: int|None = None,
-    shuffle_overlapping: bool = False,
+    validation_split: float = .2, # Share of the rows to judge on, as in `hold_out`
+    times: Sequence|None = None, # Time of each row's last step
+    groups: Sequence|None = None, # Deal out whole groups instead
+    gap: int|None = None, # Free steps between the parts
+    shuffle_overlapping: bool = False, # Judge on random rows instead
     validation_data: tuple|None = None, # (X, y) to judge on instead
     seed: int = 0, # Of all fits
     progress: bool = True, # Show a bar over combinations

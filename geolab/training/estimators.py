@@ -145,7 +145,7 @@ def train_sequences(
     network: nn.Module, # `network(sequence, lengths)` gives logits (b, 1); is changed in place
     train: tuple, # Series (n, t, f), lengths (n,), labels (n,); standardised
     val: tuple|None, # The same, to stop early; `None` trains all epochs
-    training: SeriesTraining = SeriesTraining(),
+    training: SeriesTraining = SeriesTraining(), # How
     *,
     seed: int = 0, # Of batches and dropout; the initial weights are the caller's
     device: str|torch.device = "cpu", # Where to train
@@ -258,10 +258,10 @@ def fit(self: SequenceModel,
     *,
     validation_data: tuple|None = None, # (X, y) or (X, y, lengths) instead of a split
     sequence_lengths: Sequence[int]|None = None, # True steps of each; `None`: all
-    times: Sequence|None = None, # As in `hold_out`, like the three below
-    groups: Sequence|None = None,
-    gap: int|None = None,
-    shuffle_overlapping: bool = False,
+    times: Sequence|None = None, # Time of each row's last step, as in `hold_out`
+    groups: Sequence|None = None, # Deal out whole groups instead
+    gap: int|None = None, # Free steps between the parts
+    shuffle_overlapping: bool = False, # Validate on random rows instead
     progress: bool = True, # Show a bar
     on_epoch: Callable[[dict], None]|None = None, # Called with each row of the history
 ) -> SequenceModel: # Itself

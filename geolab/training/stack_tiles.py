@@ -115,21 +115,38 @@ class View:
     @cached_property
     def _ends(self): return self.stack.take([self.first, self.last], self.stack.bands[:1])
 
-    def read_mask(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-        "What changed within the run, and where that is known; no image is read."
+    def read_mask(self,
+        row: int, # Upper edge of the window, in pixels
+        col: int, # Left edge
+        height: int, # Of the window
+        width: int, # Of the window
+    ) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]: # 0 or 1, and where that is known
+        "What changed within the run; no image is read."
         known = np.ones((height, width), bool)
         if self.changes is None or self.place.aoi is not None: mask, known = self.place.read_mask(row, col, height, width)
         if self.changes is not None: mask = rasterise(self.changes, self.info, row, col, height, width).astype(np.int64)
         return mask*known, known
 
-    def judged(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
+    def judged(self,
+        row: int, # Window, as in `read_mask`
+        col: int, # Left edge
+        height: int, # Of the window
+        width: int, # Of the window
+    ) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]: # 0 or 1, and where that can be told
         "What changed, and the pixels that were seen at both ends of the run."
         mask, known = self.read_mask(row, col, height, width)
         known = known & both_ends(self._ends.read(row, col, height, width).valid)
         return mask*known, known
 
-    def read(self, row: int, col: int, height: int, width: int, bands: Sequence[str]|None = None, steps: Sequence[int]|None = None) -> dict:
-        "`image` (t, c, h, w) float32, `valid` and `shown` (t, h, w) bool, `mask` and `judged` (h, w), `dates` (t,) int64; of some steps, `None` for all."
+    def read(self,
+        row: int, # Window, as in `read_mask`
+        col: int, # Left edge
+        height: int, # Of the window
+        width: int, # Of the window
+        bands: Sequence[str]|None = None, # By name; `None` for all
+        steps: Sequence[int]|None = None, # Positions of dates; `None` for all
+    ) -> dict: # `image` (t, c, h, w) float32, `valid` and `shown` (t, h, w) bool, `mask` and `judged` (h, w), `dates` (t,) int64
+        "A window at the dates of the run."
         days = self.stack.dates if steps is None else self.stack.dates[list(steps)]
         stack = fill_gaps(self.stack.take(days, bands).read(row, col, height, width))
         if {self.first, self.last} <= set(days):
