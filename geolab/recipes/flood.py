@@ -41,32 +41,32 @@ from ..worlds.catchments import CatchmentWorld, make_world
 # %% ../../nbs/recipes/72_flood.ipynb #750178c7
 class WorldConfig(Config):
     "The made world that stands in for data."
-    basins: int = Field(6, ge=2, le=50)
-    years: int = Field(12, ge=2, le=100)
+    basins: int = Field(6, ge=2, le=50)             # Series
+    years: int = Field(12, ge=2, le=100)            # Of each
 
 RIVALS = ("persistence", "climatology", "logistic", "boosting", "arima", "lstm_attention")
 
 class FloodConfig(TableConfig):
     "Everything that changes what a run does."
     # the guide's keys, beside `sequence_length`, `input_dim` and `validation_split` of the table
-    conv_filters: int = Field(64, ge=1)
-    lstm_units: int = Field(32, ge=1)
-    attention_heads: int = Field(4, ge=1)
-    dropout: float = Field(.2, ge=0, lt=1)
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(32, ge=2)
-    learning_rate: float = Field(1e-3, gt=0)
-    patience: int = Field(10, ge=1)
+    conv_filters: int = Field(64, ge=1)             # Channels of the convolutions
+    lstm_units: int = Field(32, ge=1)               # Units of the LSTM in each direction
+    attention_heads: int = Field(4, ge=1)           # Attentions side by side; must divide 2 * lstm_units
+    dropout: float = Field(.2, ge=0, lt=1)          # Share that training leaves out
+    epochs: int = Field(100, ge=1)                  # At most
+    batch_size: int = Field(32, ge=2)               # Windows
+    learning_rate: float = Field(1e-3, gt=0)        # At the start
+    patience: int = Field(10, ge=1)                 # Epochs without a lower validation loss after which training stops
     alpha: float|None = Field(.75, gt=0, lt=1)      # Weight of the positives in the focal loss
-    gamma: float = Field(2., ge=0)
-    device: str = "auto"
+    gamma: float = Field(2., ge=0)                  # Focus of the focal loss; 0 is cross-entropy
+    device: str = "auto"                            # cpu, cuda, or auto
     # ours
     target_precision: float = Field(.5, gt=0, lt=1) # Of alerts
-    confidence: float = Field(.95, gt=.5, lt=1)
+    confidence: float = Field(.95, gt=.5, lt=1)     # Of certificates and intervals
     rivals: list[Literal[RIVALS]] = list(RIVALS)    # Methods beside the network
     lstm_hidden: int = Field(80, ge=1)              # Units of the rival LSTM, in each direction
     explain: int = Field(120, ge=2)                 # Test windows whose attention is put to the test
-    random_seed: int = 42
+    random_seed: int = 42                           # Of everything that is drawn
     world: WorldConfig = WorldConfig()
 
 PROFILES = dict(
@@ -102,9 +102,9 @@ class Work:
         folder: Path|str, # The run folder
         *,
         table: str|None = None, # Table or folder of tables; `None` for the made world
-        label_column: str|None = None, # As in `open_table`
-        time_column: str|None = None,
-        group_column: str|None = None,
+        label_column: str|None = None, # As in `open_table`, like the two below
+        time_column: str|None = None, # `None` for `date`
+        group_column: str|None = None, # `None` for one basin
         say: Callable[[str], None] = print, # Where remarks go
     ):
         self.config, self.folder, self.say, self.made = config, Path(folder), say, table is None

@@ -45,7 +45,7 @@ class DatedLabelsConfig(LabelsConfig):
 
 class CloudsConfig(Config):
     "What a cloud layer says."
-    kind: Literal["mask", "probability", "fmask", "bits"] = "mask"
+    kind: Literal["mask", "probability", "fmask", "bits"] = "mask"  # As in `clear_sky`
     band: str|None = None                   # Band of the images that holds it, where there are no mask files
     threshold: float = Field(.4, gt=0, le=1)  # Of probabilities: from here on it is a cloud
     bits: list[int] = [0, 1, 2, 3, 4, 5]    # Of QA bits: any of them set means not clear
@@ -54,9 +54,9 @@ class CloudsConfig(Config):
 
 class WorldConfig(Config):
     "The made world that stands in for data."
-    scenes: int = Field(5, ge=1)
+    scenes: int = Field(5, ge=1)            # Places
     size: int = Field(448, ge=96)           # Side of a scene, in pixels
-    dates: int = Field(36, ge=3)
+    dates: int = Field(36, ge=3)            # Of each place
     prevalence: float = Field(.05, gt=0, le=.2)  # Share of the pixels that change within all the time
 
 # %% ../../nbs/recipes/71_forest.ipynb #8f4f97bb
@@ -66,53 +66,53 @@ class ForestConfig(Config):
     seq_length: int = Field(3, ge=2)            # Dates of a run
     patch_size: int = Field(64, ge=8)           # Side of a tile, in pixels
     input_channels: int|None = Field(4, ge=1)   # Bands of the change and the temporal network; `None`: red, green, blue, nir and, where there are, swir_1 and swir_2; or all where these have no such names
-    hidden_channels: list[int] = [32, 64]
-    num_layers: int|None = Field(2, ge=1)
-    batch_size: int = Field(8, ge=1)
-    num_epochs: int = Field(15, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
-    max_samples_per_epoch: int|None = Field(2000, ge=2)
-    max_val_samples: int|None = Field(500, ge=1)
+    hidden_channels: list[int] = [32, 64]       # Channels of the state of each layer of the temporal network
+    num_layers: int|None = Field(2, ge=1)       # Their number; `None` counts `hidden_channels`
+    batch_size: int = Field(8, ge=1)            # Samples
+    num_epochs: int = Field(15, ge=1)           # At most
+    learning_rate: float = Field(2e-3, gt=0)    # At the start
+    max_samples_per_epoch: int|None = Field(2000, ge=2)  # `None` shows all
+    max_val_samples: int|None = Field(500, ge=1)  # `None` takes all
     # ours
-    members: list[Literal["forest_cover", "change_detection", "convlstm"]] = list(MEMBERS)
+    members: list[Literal["forest_cover", "change_detection", "convlstm"]] = list(MEMBERS)  # Networks to train
     temporal: Literal["convlstm", "gap_convlstm"] = "convlstm"  # The plain network, which sees the date before where it is cloudy, or the one that knows gaps
-    kernel_size: int = Field(3, ge=1)
+    kernel_size: int = Field(3, ge=1)           # Of the temporal network, in pixels
     scales: int = Field(1, ge=1, le=4)          # Of the temporal network: 2 adds a branch at half the resolution, which sees twice as far
     bands: list[str]|None = None                # Bands of the change and the temporal network by name
     cover_bands: list[str]|None = None          # Bands of the cover network; `None` for all
     architecture: str = "unet"                  # Of the cover and the change network
-    backbone: str = "resnet18"
-    fusion: Literal["concat", "difference"] = "concat"
+    backbone: str = "resnet18"                  # Encoder of both, by name
+    fusion: Literal["concat", "difference"] = "concat"  # How the change network compares its two dates
     encoder_weights: str|None = None            # Pre-trained weights of the encoders, e.g. "imagenet"
     balanced: bool = True                       # As many tiles with change as `train_pos_neg_ratio` says; else all tiles alike
-    train_pos_neg_ratio: RatioField = Ratio(1, 1)
+    train_pos_neg_ratio: RatioField = Ratio(1, 1)  # Of tiles with change to tiles without
     optimizer: Literal["adam", "adamw"] = "adam"
     weight_decay: float = Field(0., ge=0)
     scheduler: Literal["none", "cosine_annealing"] = "none"
-    early_stopping_patience: int = Field(5, ge=1)
+    early_stopping_patience: int = Field(5, ge=1)  # Epochs without improvement after which training stops
     early_stopping_metric: Literal["val_loss", "val_average_precision"] = "val_loss"
-    clip: float|None = Field(1., gt=0)
+    clip: float|None = Field(1., gt=0)          # Largest norm of the gradient
     precision: Literal["auto", "32", "bf16"] = "auto"
     augment: Literal["turns", "none"] = "none"  # Quarter turns and mirrors
     scale: Literal["unit", "fitted"] = "unit"   # To [0, 1], or by mean and deviation of the train tiles
     reflectance: str = "unit"                   # For `unit`: how numbers are stored, a name of `data.stacks.SCALES`
-    max_gap_days: int = Field(45, ge=1)
+    max_gap_days: int = Field(45, ge=1)         # Greatest number of days from one date of a run to the next
     min_clear: float = Field(.7, ge=0, le=1)    # Share of a scene that a date must show
     history_days: int = Field(365, ge=0)        # Calibration, test and maps begin so long after the first date, so that the season-trend baseline has a past
     check_shifts: bool = True                   # Measure how well the dates lie on each other
     method: Literal["auto", "weighted", "conditional", "stacked", "confidence", "dynamic"] = "auto"  # Of the ensemble; `auto` takes the one with most skill on validation blocks
     force_members: bool = False                 # Keep members without skill
-    target_precision: float = Field(.8, gt=0, lt=1)
-    confidence: float = Field(.95, gt=.5, lt=1)
-    ratio_unit: Literal["tile", "pixel"] = "tile"
-    test_realistic_ratio: RatioField = Ratio(1, 100)
-    val_realistic_ratios: list[RatioField] = [Ratio(1, 20)]
-    min_object_pixels: int = Field(4, ge=1)
-    object_iou: float = Field(.5, gt=0, le=1)
+    target_precision: float = Field(.8, gt=0, lt=1)  # Of the map
+    confidence: float = Field(.95, gt=.5, lt=1)  # Of certificates and intervals
+    ratio_unit: Literal["tile", "pixel"] = "tile"  # What the ratios count
+    test_realistic_ratio: RatioField = Ratio(1, 100)  # At which the map is wanted
+    val_realistic_ratios: list[RatioField] = [Ratio(1, 20)]  # Other ratios with a threshold
+    min_object_pixels: int = Field(4, ge=1)     # Smaller objects are left out
+    object_iou: float = Field(.5, gt=0, le=1)   # From which two objects match
     map_tile: int = Field(128, ge=16)           # Side of a window of the map, in pixels
-    overlap: float = Field(.25, ge=0, le=.75)
+    overlap: float = Field(.25, ge=0, le=.75)   # Share by which windows of the map overlap
     cache_mb: float = Field(1024, ge=0)         # Memory for tiles that were read
-    random_seed: int = 42
+    random_seed: int = 42                       # Of everything that is drawn
     labels: DatedLabelsConfig = DatedLabelsConfig()
     clouds: CloudsConfig = CloudsConfig()
     split: SplitConfig = SplitConfig()

@@ -98,7 +98,7 @@ def train_member(
 # %% ../../nbs/recipes/66_forest_members.ipynb #32968bcf
 def fit_members(
     networks: Mapping[str, tuple], # As in `joint_logits`
-    data: Dataset, # Samples of validation blocks, with the bands of all
+    data: Dataset, # Samples of validation blocks, with the bands of all members
     *,
     batch_size: int = 8, # Samples at a time
     force: bool = False, # Keep members without skill

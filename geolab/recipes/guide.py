@@ -21,27 +21,27 @@ READ_BY = dict(loss=dict(focal_gamma=("focal", "combined"), focal_alpha=("focal"
 class GuideConfig(Config):
     "What changes the trained network."
     # the guide's keys
-    architecture: str = "unet++"
-    backbone: str = "efficientnet-b7"
+    architecture: str = "unet++"                # Decoder by its name in segmentation-models-pytorch, or one of ours
+    backbone: str = "efficientnet-b7"           # Encoder by name; `tu-` and a name of timm for others
     input_channels: int|None = Field(3, ge=1)   # Bands of the image that the network gets; `None` takes every one
     input_size: tuple[int, int] = (512, 512)    # Tile height and width, in pixels
     loss: Literal["focal", "bce", "tversky", "dice", "combined"] = "focal"
-    focal_gamma: float = Field(2, ge=0, le=10)
+    focal_gamma: float = Field(2, ge=0, le=10)  # Focus on pixels that are still wrong; 0 is cross-entropy
     focal_alpha: float|None = Field(.25, gt=0, lt=1)  # Weight of the positives; `None` for no weights
     optimizer: Literal["adamw", "adam"] = "adamw"
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
+    learning_rate: float = Field(1e-4, gt=0)    # At the start
+    weight_decay: float = Field(1e-2, ge=0)     # Decoupled, of AdamW
     scheduler: Literal["cosine_annealing", "none"] = "cosine_annealing"
-    min_lr: float = Field(1e-6, ge=0)
-    batch_size: int|Literal["max_that_fits"] = "max_that_fits"
+    min_lr: float = Field(1e-6, ge=0)           # At the end of the cosine
+    batch_size: int|Literal["max_that_fits"] = "max_that_fits"  # Tiles per batch
     max_epochs: int = Field(300, ge=1)
-    early_stopping_patience: int = Field(20, ge=1)
-    early_stopping_metric: str = "val_balanced_iou_rts"
-    train_pos_neg_ratio: RatioField = Ratio(1, 10)
-    val_balanced_ratio: RatioField = Ratio(1, 1)
-    val_realistic_ratios: list[RatioField] = [Ratio(1, 200), Ratio(1, 500), Ratio(1, 1000)]
-    test_realistic_ratio: RatioField = Ratio(1, 500)
-    random_seed: int = 42
+    early_stopping_patience: int = Field(20, ge=1)  # Epochs without improvement after which training stops
+    early_stopping_metric: str = "val_balanced_iou_rts"  # A metric of validation by name
+    train_pos_neg_ratio: RatioField = Ratio(1, 10)  # Of the tiles that training shows
+    val_balanced_ratio: RatioField = Ratio(1, 1)  # At which validation is measured while training
+    val_realistic_ratios: list[RatioField] = [Ratio(1, 200), Ratio(1, 500), Ratio(1, 1000)]  # At which thresholds are chosen
+    test_realistic_ratio: RatioField = Ratio(1, 500)  # At which the map is wanted
+    random_seed: int = 42                       # Of everything that is drawn
     # ours: loss, ratio, labels
     fn_weight: float = Field(.3, ge=0)          # Tversky: weight of missed pixels, the guide's alpha
     fp_weight: float = Field(.7, ge=0)          # Tversky: weight of false alarms, the guide's beta

@@ -36,7 +36,7 @@ class Without:
 
 # %% ../../nbs/recipes/85_new_images.ipynb #46269062
 def predict_image(
-    run: Run, # A finished run of this recipe
+    run: Run, # A finished run, such as one of the thaw slump recipe
     source: Path|str, # Image to map, or a stack that has every band of the network
     target: Path|str, # GeoTIFF to write
     *,

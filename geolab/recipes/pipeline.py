@@ -74,7 +74,7 @@ def stage_keys(
 @contextmanager
 def alone_in(
     folder: Path|str, # The run folder; made if it is missing
-):
+): # A context
     "Hold the only right to write a run folder."
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder)/".lock", "a") as lock:
@@ -154,9 +154,9 @@ class SplitConfig(Config):
     block_tiles: float = Field(2., ge=1)        # More blocks certify more; a block needs room for a tile and the dead zone
     dead_zone: int|None = Field(None, ge=1)     # Least distance between windows of two parts, in pixels; `None` takes the range of the labels
     train: float = Field(.5, gt=0, lt=1)        # Shares of the positives
-    val: float = Field(.15, gt=0, lt=1)
-    cal: float = Field(.15, gt=0, lt=1)
-    test: float = Field(.2, gt=0, lt=1)
+    val: float = Field(.15, gt=0, lt=1)         # Stops and chooses
+    cal: float = Field(.15, gt=0, lt=1)         # Calibrates and certifies
+    test: float = Field(.2, gt=0, lt=1)         # Measures
 
     @model_validator(mode="after")
     def _whole(self):
@@ -237,7 +237,7 @@ def resume_run(
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #37f5be59
 def calibration_part(
-    split: Split|PeriodSplit,
+    split: Split|PeriodSplit, # Of a run
 ) -> str: # "cal", or "val" where the two fell together
     "The part that calibrator and thresholds come from."
     return "val" if split.certificate["cal_is_val"] else "cal"
@@ -480,7 +480,7 @@ def write_samples(
     path: Path, # `samples.npz`
     tiles: Iterable[tuple], # Id, image (3, h, w) uint8, truth, probability, and where both are known, each (h, w)
     cut: float, # Probability of the threshold
-) -> Path:
+) -> Path: # The same path
     "Keep the best, the worst and some typical tiles for the report, by the IoU of what is flagged."
     kept = [(id, image, truth & valid, p, valid) for id, image, truth, p, valid in tiles]
     iou = np.array([(t & (p >= cut)).sum()/max(1, (t | ((p >= cut) & v)).sum()) for _, _, t, p, v in kept])
