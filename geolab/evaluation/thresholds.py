@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Threshold', 'threshold_for_precision', 'BlockSums', 'hall_statistic', 'background_share', 'GateCheck', 'check_gate',
-           'certified_position', 'certify_threshold', 'certify_best', 'choose_threshold', 'Plan', 'plan_calibration',
-           'PrevalenceCurve', 'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
+           'background_mark', 'certified_position', 'prevalence_ends', 'edges_to_try', 'sums_by_block',
+           'certify_threshold', 'certify_best', 'choose_threshold', 'Plan', 'plan_calibration', 'PrevalenceCurve',
+           'precision_over_prevalence', 'plot_prevalence', 'plot_trade_off']
 
 # %% ../../nbs/evaluation/44_thresholds.ipynb #a8b65368
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import norm, spearmanr, t as student_t
 
 from ..core import DataError, Ratio
@@ -140,7 +141,10 @@ def check_gate(
     return GateCheck(outside, bool(chance < .01), chance)
 
 # %% ../../nbs/evaluation/44_thresholds.ipynb #ffa391c0
-def _gate(hist, lenient):
+def background_mark(
+    hist: ScoreHistogram, # Calibration blocks
+    lenient: float, # Logit of the most lenient threshold that will be tried
+) -> dict: # `logit`, the level; `max_background` of the loudest of `blocks`; `correlation` of noise and false positives; `weak` where it is under 0.7
     "The level that a fifth of the negatives exceed, the loudest block, and whether loud blocks are those with many false positives."
     negative = hist.counts[:, 1:].sum(1)
     over = negative.sum(0)[:0:-1].cumsum()[::-1]
@@ -181,7 +185,9 @@ def certified_position(
     return None if last is None else int(allowed[last]), dict(reason=None, allowed=allowed, h=h, m=m, with_worst=with_worst, q=q, d=d, critical=critical)
 
 # %% ../../nbs/evaluation/44_thresholds.ipynb #4580f0a6
-def _interval(prevalence):
+def prevalence_ends(
+    prevalence: float|str|Ratio|tuple[float, float], # A share, a ratio such as `"1:500"`, or (low, high)
+) -> list[float]: # Low and high, between 0 and 1
     "Low and high end of a stated prevalence."
     if isinstance(prevalence, (str, Ratio)): return [Ratio.parse(prevalence).prevalence]*2
     ends = [float(x) for x in prevalence] if isinstance(prevalence, (tuple, list)) else [float(prevalence)]*2
@@ -189,8 +195,11 @@ def _interval(prevalence):
         raise DataError(f"a prevalence is a share between 0 and 1, a ratio such as '1:500', or an interval (low, high); got {prevalence!r}")
     return ends
 
-def _grid(hist, val):
-    "Edges to try, from strict to lenient: where the validation recall passes 64 levels from 0.03 to 0.97."
+def edges_to_try(
+    hist: ScoreHistogram, # Calibration blocks, whose edges are meant
+    val: ScoreHistogram|Sequence[float], # Validation blocks; or logits
+) -> Int[np.ndarray, " k"]: # Indices of edges, from strict to lenient
+    "Where the validation recall passes 64 levels from 0.03 to 0.97."
     if not isinstance(val, ScoreHistogram): logits = sorted(map(float, val), reverse=True)
     else:
         found = val.flagged()[:, 0].sum(0)
@@ -200,14 +209,19 @@ def _grid(hist, val):
     if not logits: raise DataError("`val` must hold at least one threshold")
     return np.unique([hist.index_of(min(z, hist.edges[-1])) for z in logits])[::-1]
 
-def _sums(hist, at, unit):
-    "Sums by block at some edges, false positives floored where fewer than five blocks hold any; and the recall there."
+def sums_by_block(
+    hist: ScoreHistogram, # Calibration blocks
+    at: Int[np.ndarray, " k"], # Indices of edges
+    unit: Literal["tile", "pixel"], # What the prevalence counts
+) -> tuple[BlockSums, Float[np.ndarray, " k"]]: # With false positives floored where fewer than five blocks hold any; and the recall
+    "What the statistic takes, at some edges."
     flagged, totals = hist.flagged(), hist.counts.sum(2)
     held = np.flatnonzero((flagged[:, 1:].sum(1) > 0).sum(0) >= 5)
     floored = np.minimum(at, held[-1]) if len(held) else at
     pos, n1, n0 = totals.T if unit == "pixel" else (hist.tiles[:, 0], 0*hist.tiles[:, 0], hist.tiles[:, 1])
     return BlockSums(flagged[:, 0, at], flagged[:, 1, floored], flagged[:, 2, floored], pos, n1, n0), flagged[:, 0, at].sum(0)/max(totals[:, 0].sum(), 1)
 
+# %% ../../nbs/evaluation/44_thresholds.ipynb #74613bc5
 def _tails(blocks, sums, found, k):
     "What is reported about single blocks, and never decides."
     j = int(np.searchsorted(found["allowed"], k))
@@ -240,10 +254,10 @@ def certify_threshold(
         if not 0 < x < 1: raise DataError(f"`{name}` must lie between 0 and 1, got {x}")
     if prevalence is None and prevalence_error: raise DataError("`prevalence_error` belongs to a stated prevalence; leave it 0 where the blocks' own is meant")
     hist = hist.select([b for b, n in zip(hist.blocks, hist.counts.sum((1, 2))) if n] or hist.blocks)
-    low, high = _interval(prevalence) if prevalence is not None else [float(hist.counts[:, 0].sum()/max(hist.counts.sum(), 1))]*2
+    low, high = prevalence_ends(prevalence) if prevalence is not None else [float(hist.counts[:, 0].sum()/max(hist.counts.sum(), 1))]*2
     ratio, blocks = None if prevalence is None else Ratio(low, 1 - low), len(hist.blocks)
-    grid = _grid(hist, val)
-    mark = _gate(hist, hist.edges[grid[-1]])
+    grid = edges_to_try(hist, val)
+    mark = background_mark(hist, hist.edges[grid[-1]])
     guarded = gate and not mark["weak"]
     worst, need = (1, 60) if guarded else (2, 100)
     stated = dict(target_precision=target_precision, prevalence=low if low == high else [low, high], unit=unit, confidence=confidence,
@@ -254,7 +268,7 @@ def certify_threshold(
     if blocks < need:
         return refused(f"too few blocks: {blocks}, and {need} are needed with{' the' if guarded else ' a weak' if gate else 'out the'} gate")
     if (weight := stratum_weight(hist, ratio, unit)).value is None: return refused(weight.reason)
-    sums, recall = _sums(hist, grid, unit)
+    sums, recall = sums_by_block(hist, grid, unit)
     if prevalence is None: sums = sums.as_they_are()
     certify = partial(certified_position, sums, recall, 1/low - 1 if low else 0., confidence=confidence + prevalence_error, worst=worst, deployment_blocks=deployment_blocks)
     k, found = certify(target_precision)
@@ -325,7 +339,7 @@ def plan_calibration(
     "Blocks and empty tiles that a certificate takes."
     for name, x in dict(target_precision=target_precision, recall=recall, confidence=confidence, power=power).items():
         if not 0 < x < 1: raise DataError(f"`{name}` must lie between 0 and 1, got {x}")
-    low, c = _interval(prevalence)[0], (1 - target_precision)/target_precision
+    low, c = prevalence_ends(prevalence)[0], (1 - target_precision)/target_precision
     r = 1/low - 1
     rate = c*recall/r
     plan = Plan(rate, int(np.ceil(np.log(1 - confidence)/np.log1p(-min(rate, .5)))), None, None, "no pilot blocks were given")
@@ -333,7 +347,7 @@ def plan_calibration(
     if (weight := stratum_weight(pilot, Ratio(low, 1 - low), unit)).value is None: return plan._replace(reason=weight.reason)
     found, b = pilot.flagged()[:, 0].sum(0)/pilot.counts[:, 0].sum(), len(pilot.blocks)
     at = np.unique([np.flatnonzero(found >= q)[-1] for q in np.linspace(recall, .97, 16) if (found >= q).any()])
-    sums, _ = _sums(pilot, at, unit)
+    sums, _ = sums_by_block(pilot, at, unit)
     m, d, q = sums.margin(r, c)
     for blocks in np.unique(np.geomspace(60 if gate else 100, 20_000, 120).astype(int)):
         h, _ = hall_statistic(m, d[np.arange(blocks)%b], q, worst=1 if gate else 2)

@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import ConfigError, DataError, Ratio, atomic_file
-from ..data.raster import RasterInfo, pair_masks, raster_windows, read_info, read_labels, read_window
+from ..data.raster import RasterInfo, pair_masks, raster_windows, read_info, read_window
 from ..data.tiles import TileDataset
 from ..evaluation.calibration import Calibrator
 from ..evaluation.metrics import bootstrap_interval, metrics_at, stratum_weight
 from ..evaluation.scores import ScoreHistogram, load_scores, save_scores
-from ..evaluation.thresholds import BlockSums, Threshold, _gate, _grid, _interval, _sums, certified_position
-from .windows import predict_raster
+from ..evaluation.thresholds import BlockSums, Threshold, background_mark, certified_position, edges_to_try, prevalence_ends, sums_by_block
+from .windows import _aoi_on, predict_raster
 from ..training.fit import image_logits
 
 # %% ../../nbs/inference/62_two_stage.ipynb #4a7b28da
@@ -317,9 +317,9 @@ def _try_cut(scores, cut, at, p, low, ratio, unit, limit, of_all, kept, confiden
     "Test one cut: the position of its threshold and why there is none; the position that is only estimated; the mark of the background."
     hist, open_ = scores.at(cut), scores.open(cut)
     open_ = open_.select([b for b, n in zip(open_.blocks, open_.counts.sum((1, 2))) if n] or open_.blocks)
-    mark = _gate(open_, open_.edges[at[-1]]) if background else None
+    mark = background_mark(open_, open_.edges[at[-1]]) if background else None
     worst, need = (1, 60) if background and not mark["weak"] else (2, 100)
-    sums, recall = _sums(hist, at, unit)
+    sums, recall = sums_by_block(hist, at, unit)
     estimated, good = _precise(hist, at, p, ratio, unit)
     good &= estimated >= (1 - limit)*(1 if of_all else _precise(scores.whole, at, p, ratio, unit)[0])
     guess = int(np.flatnonzero(good)[recall[good].argmax()]) if good.any() else None
@@ -353,7 +353,7 @@ def choose_two_stage(
     if scores.cuts != val.cuts: raise DataError(f"`scores` and `val` must be counted at the same cuts, got {scores.cuts} and {val.cuts}")
     scores = scores.select([b for b, n in zip(scores.blocks, scores.whole.counts.sum((1, 2))) if n] or scores.blocks)
     whole, limit, of_all = scores.whole, max_loss if min_recall is None else 1 - min_recall, max_loss is None
-    low, high = _interval(prevalence) if prevalence is not None else [float(whole.counts[:, 0].sum()/max(whole.counts.sum(), 1))]*2
+    low, high = prevalence_ends(prevalence) if prevalence is not None else [float(whole.counts[:, 0].sum()/max(whole.counts.sum(), 1))]*2
     ratio = None if prevalence is None else Ratio(low, 1 - low)
     asked = dict(target_precision=target_precision, prevalence=low if low == high else [low, high], unit=unit, confidence=confidence, blocks=len(scores.blocks))
     def none(reason, tried=None): return TwoStage(None, Threshold(None, None, reason=reason, **asked), max_loss, min_recall, tried=tried)
@@ -363,7 +363,7 @@ def choose_two_stage(
     if (weight := stratum_weight(whole, ratio, unit)).value is None: return none(weight.reason)
     cuts = _candidates(val, limit, spend)
     if not cuts: return none(f"even the gentlest cut, {val.cuts[0]:.3g}, closes {1 - val.open(val.cuts[0]).counts[:, 0].sum()/val.whole.counts[:, 0].sum():.1%} of the positives of the validation blocks; this gate does not fit the budget")
-    at = _grid(whole, val.whole)
+    at = edges_to_try(whole, val.whole)
     level = 1 - (1 - confidence)/(2*len(cuts))
     found = np.repeat(whole.counts[:, 0].sum(1)[:, None], len(at), 1) if of_all else whole.flagged()[:, 0, at]
     both = _found(scores, at)
@@ -391,12 +391,13 @@ def gate_area(
     "The open ground as polygons along pixel edges."
     gate, found = gate if isinstance(gate, RasterInfo) else read_info(gate), []
     if not math.isfinite(cut): raise ConfigError(f"`cut` must be a number, got {cut}")
+    within = None if aoi is None else _aoi_on(aoi, gate)
     for row, col, height, width in raster_windows(gate):
         is_open = read_gate(gate, row, col, height, width) >= cut  # NaN is not
         found += [shapely.geometry.shape(outline) for outline, _ in shapes(is_open.astype(np.uint8), is_open, transform=gate.transform*Affine.translation(col, row))]
     area = gpd.GeoDataFrame(geometry=found, crs=pyproj.CRS.from_user_input(gate.crs))
-    if aoi is not None and found: area = area.clip(read_labels(aoi).to_crs(area.crs)).explode(ignore_index=True)
-    area = area[area.area > 0].reset_index(drop=True)
+    if within is not None and found: area = area.clip(within.set_crs(area.crs, allow_override=True)).explode(ignore_index=True)
+    area = area[shapely.area(area.geometry.to_numpy()) > 0].reset_index(drop=True)
     if not len(area): raise DataError(f"no ground of {gate.path} has a susceptibility of {cut:g} or more{'' if aoi is None else ' within the area of interest'}; there is nothing to search")
     return area
 
