@@ -25,7 +25,7 @@ from scipy import sparse
 from scipy.sparse.linalg import spsolve_triangular
 
 from ..core import ConfigError, DataError, atomic_file, check_shape, nearest
-from .raster import RasterInfo, _check_alike, _same_grid, _speaking_of, find_images, raster_windows, read_info, read_window, write_geotiff
+from .raster import RasterInfo, _check_alike, _same_grid, _speaking_of, find_images, raster_windows, read_info, read_window
 
 # %% ../../nbs/data/11_terrain.ipynb #5235cb06
 def pixel_sides(
@@ -123,6 +123,10 @@ def flow_area(
 ) -> Float[np.ndarray, "h w"]: # Square metres per metre of contour line; NaN where there is no height
     "Area that drains through a pixel, its own included, per metre of contour line."
     z = _surface(dem, sides, valid)[1:-1, 1:-1]
+    return np.where(np.isfinite(z), _drained(z, sides)*math.sqrt(abs(sides[0]*sides[1])), np.nan)
+
+def _drained(z, sides, given=None):
+    "How many pixels drain through each; of some the number is given, and NaN elsewhere."
     (height, width), (dy, dx) = z.shape, np.abs(sides)
     ok, number = np.isfinite(z), np.arange(z.size).reshape(z.shape)
     order = np.argsort(-np.where(ok, z, -np.inf), axis=None, kind="stable")
@@ -137,10 +141,13 @@ def flow_area(
             flows = np.nan_to_num(sign*fall) > 0
             links.append((place[number[source][flows]], place[number[target][flows]], np.abs(fall[flows])))
     source, target, share = (np.concatenate(x) for x in zip(*links))
-    share = share/np.bincount(source, share, z.size)[source]
+    share, own = share/np.bincount(source, share, z.size)[source], np.ones(z.size)
+    if given is not None: # what reaches these pixels is in their number
+        own = np.where(np.isnan(given), 1, given).ravel()[order]
+        flows = np.isnan(given).ravel()[order][target]
+        source, target, share = source[flows], target[flows], share[flows]
     system = sparse.identity(z.size, format="csr") - sparse.csr_matrix((share, (target, source)), (z.size, z.size))
-    pixels = spsolve_triangular(system.tocsr(), np.ones(z.size), lower=True, unit_diagonal=True)
-    return np.where(ok, pixels[place].reshape(z.shape)*math.sqrt(dx*dy), np.nan)
+    return spsolve_triangular(system.tocsr(), own, lower=True, unit_diagonal=True)[place].reshape(z.shape)
 
 def wetness(
     dem: Float[np.ndarray, "h w"], # Heights, in metres; NaN where there is none
@@ -178,6 +185,7 @@ def terrain_bands(
     bands: Sequence[str] = tuple(TERRAIN), # Names, in the wished order
     *,
     valid: Bool[np.ndarray, "h w"]|None = None, # False where there is no height
+    area: Float[np.ndarray, "h w"]|None = None, # What `flow_area` gives, if it is known already
 ) -> Float[np.ndarray, "c h w"]: # float32, units as in `TERRAIN`; NaN where a band is not known
     "Terrain as named bands."
     if not bands or isinstance(bands, str) or not set(bands) <= set(TERRAIN):
@@ -187,21 +195,68 @@ def terrain_bands(
     steep = np.hypot(*rises)
     make = dict(height=lambda: _surface(z, sides, valid)[1:-1, 1:-1], slope=lambda: _steep(steep), northness=lambda: -rises[0]/np.maximum(steep, 1e-12), eastness=lambda: -rises[1]/np.maximum(steep, 1e-12),
         curvature=lambda: curvature(z, sides, **how), profile_curvature=lambda: curvature(z, sides, "profile", **how), plan_curvature=lambda: curvature(z, sides, "plan", **how),
-        wetness=lambda: _wet(flow_area(z, sides, **how), steep, .001))
+        wetness=lambda: _wet(flow_area(z, sides, **how) if area is None else area, steep, .001))
     return np.stack([make[name]() for name in bands]).astype(np.float32)
 
+# %% ../../nbs/data/11_terrain.ipynb #d5ac9395
+def _rows(info, start, stop):
+    "Heights with up to two rows more on either side, where they are valid, and which rows are asked for."
+    top, end = max(0, start - 2), min(info.height, stop + 2)
+    (z,), valid = read_window(info, top, 0, end - top, info.width)
+    return z, valid & np.isfinite(z), slice(start - top, stop - top)
+
+def _drained_bands(info, sides, bands):
+    "A function from the number of a band to the pixels that drain through each of its pixels, in the whole raster."
+    n = len(bands)
+    edges = np.memmap(tempfile.TemporaryFile(), np.float64, "w+", shape=(n, 2, info.width)) # of the first and the last row of each band
+    made, used = np.zeros((n + 2, 2), int), np.full((n, 2), -1) # how often each of these rows has changed, and which state a band was solved with
+    def solve(k):
+        z, valid, own = _rows(info, *bands[k])
+        given = np.full(z.shape, np.nan); given[:own.start] = given[own.stop:] = 0
+        if k > 0: given[own.start - 1] = edges[k - 1, 1]
+        if k < n - 1: given[own.stop] = edges[k + 1, 0]
+        return _drained(np.where(valid, z.astype(np.float64), np.nan), sides, given)[own]
+    moving = True
+    while moving:
+        moving = False
+        for k in [*range(n), *reversed(range(n - 1))]:
+            state = made[k, 1], made[k + 2, 0] # of the row above and of the row below; counted from 1
+            if tuple(used[k]) == state: continue
+            moving, used[k], new = True, state, solve(k)[[0, -1]]
+            made[k + 1] += (new != edges[k]).any(1); edges[k] = new
+    return solve
+
+# %% ../../nbs/data/11_terrain.ipynb #ad96473c
 def write_terrain(
     src: RasterInfo|Path|str, # Height model in metres, one band, projected CRS
     dst: Path|str, # GeoTIFF to write
     bands: Sequence[str] = tuple(TERRAIN), # Names, in the wished order
+    *,
+    band_rows: int|None = None, # Rows to hold at a time; `None` for about a million pixels. Nothing in the result depends on it
 ) -> Path: # `dst`, float32, NaN where a band is not known
     "Write terrain bands on the grid of a height model."
     info = src if isinstance(src, RasterInfo) else read_info(src)
     if info.count != 1: raise DataError(f"{info.path} has {info.count} bands ({', '.join(info.bands)}); a height model has one")
     if Path(dst).exists() and Path(dst).samefile(info.path): raise ConfigError(f"{dst} is both source and destination; choose another name")
-    z, valid = read_window(info, 0, 0, info.height, info.width)
-    values = terrain_bands(z[0], pixel_sides(info), bands, valid=valid)
-    return write_geotiff(dst, values, crs=info.crs, transform=info.transform, nodata=math.nan, bands=list(bands), tags={f"UNIT_{name}": TERRAIN[name] for name in bands})
+    sides, step = pixel_sides(info), band_rows or max(32, 2**20//info.width//32*32) # whole tiles
+    terrain_bands(np.zeros((3, 3)), sides, bands) # refuses names
+    if min(info.height, info.width) < 3: raise DataError(f"{info.path} must have at least 3 rows and 3 columns, got {info.height} x {info.width}")
+    spans, found = [(start, min(start + step, info.height)) for start in range(0, info.height, step)], False
+    profile = dict(driver="GTiff", width=info.width, height=info.height, count=len(bands), dtype="float32", crs=info.crs, transform=info.transform, nodata=math.nan, tiled=True,
+                   blockxsize=min(256, 16*math.ceil(info.width/16)), blockysize=min(32, 16*math.ceil(info.height/16)), compress="deflate", bigtiff="if_safer")
+    with rasterio.Env(GDAL_CACHEMAX=64 << 20), _speaking_of(dst, "write"):
+        drained = _drained_bands(info, sides, spans) if "wetness" in bands else None
+        with atomic_file(dst) as aside, rasterio.open(aside, "w", **profile) as out:
+            for i, name in enumerate(bands, 1): out.set_band_description(i, name)
+            out.update_tags(**{f"UNIT_{name}": TERRAIN[name] for name in bands})
+            for k, (start, stop) in enumerate(spans):
+                z, valid, own = _rows(info, start, stop)
+                found, area = found or valid[own].any(), np.full(z.shape, np.nan)
+                if drained and valid.any(): area[own] = np.where(valid[own], drained(k)*math.sqrt(abs(sides[0]*sides[1])), np.nan)
+                values = terrain_bands(z, sides, bands, valid=valid, area=area) if valid.any() else np.full((len(bands), *z.shape), np.nan, np.float32)
+                out.write(values[:, own], window=Window(0, start, info.width, stop - start))
+            if not found: raise DataError(f"{info.path} has no valid pixel")
+    return Path(dst)
 
 # %% ../../nbs/data/11_terrain.ipynb #4b9a793f
 def named_paths(
