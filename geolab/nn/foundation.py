@@ -128,7 +128,8 @@ class PyramidEncoder(nn.Module):
         if not self.out_channels[1]: maps.insert(0, image.new_zeros(len(image), 0, image.shape[-2]//2, image.shape[-1]//2))
         return [image, *maps][:self.depth + 1]
 
-    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None: "The function of the backbone has seen to it."
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None: # Asked for by segmentation-models-pytorch
+        "Nothing to do: the function of the backbone has seen to it."
 
 def _said(maps): return f"{type(maps).__name__} of {', '.join(type(x).__name__ for x in maps)}" if isinstance(maps, (list, tuple)) else type(maps).__name__
 
