@@ -11,7 +11,7 @@ __all__ = ['CHANNELS', 'CAUSES', 'REACH', 'HEAT', 'AGITATION', 'SPANS', 'memory'
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -28,7 +28,7 @@ REACH = 30 # Steps after which a past value no longer matters
 def memory(
     x: Float[np.ndarray, " t"], # Any series; before it began it was at its first value
     seconds: float, # Time constant, above 0
-) -> Float[np.ndarray, " t"]:
+) -> Float[np.ndarray, " t"]: # As long as `x`
     "Mean over the past, the latest counting most."
     weight = np.exp(-np.arange(REACH)/seconds)
     return np.convolve(np.r_[np.full(REACH - 1, x[0]), x], weight/weight.sum(), "valid")
@@ -182,13 +182,15 @@ class Casts:
     start: Int[np.ndarray, " n"] # First step of the cause, -1 for none
     end: Int[np.ndarray, " n"] # First step after it, -1 for none
     load: Float[np.ndarray, " n"] # Largest load times the weakness of the strand; above 1 is defective
-    channels: tuple = CHANNELS
+    channels: tuple = CHANNELS # Names
 
     @property
-    def lengths(self): return np.array([len(s) for s in self.series])
+    def lengths(self) -> Int[np.ndarray, " n"]: return np.array([len(s) for s in self.series]) # Steps of each
     def __len__(self): return len(self.series)
     def __repr__(self): return f"Casts({len(self):,} of {self.lengths.min()} to {self.lengths.max()} steps, {int(self.label.sum())} defects, {int(((self.cause != '') & (self.label == 0)).sum())} near misses)"
-    def select(self, rows) -> "Casts":
+    def select(self,
+        rows: Any, # Positions, or a boolean for each
+    ) -> "Casts":
         "Some of them."
         rows = np.arange(len(self))[rows]
         return Casts([self.series[i] for i in rows], self.label[rows], [self.id[i] for i in rows], [self.heat[i] for i in rows], self.cause[rows], self.start[rows], self.end[rows], self.load[rows], self.channels)
@@ -270,7 +272,9 @@ class CastingWorld:
     stats: dict = field(default_factory=dict) # Plain numbers: casts, steps, defects, near_misses, and defects by cause
 
     def __repr__(self): return f"CastingWorld of {self.stats['casts']:,} casts, {self.stats['steps']:,} steps: {self.stats['defects']} defects, {self.stats['near_misses']} near misses"
-    def read(self) -> Casts: return read_casts(self.data)
+    def read(self) -> Casts:
+        "The casts, with the truth where it is there."
+        return read_casts(self.data)
 
 # %% ../../nbs/worlds/25_casting.ipynb #1e22ded8
 def read_casts(
