@@ -7,7 +7,7 @@ __all__ = ['RowStore', 'open_run', 'ClusterLost', 'connect', 'check_workers', 'c
            'predict_images', 'plan_cluster']
 
 # %% ../../nbs/inference/84_cluster.ipynb #59f8aba2
-import asyncio, concurrent.futures, json, logging, math, os, re, shutil, socket, time, zlib
+import asyncio, concurrent.futures, ctypes, json, logging, math, os, re, shutil, socket, time, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -94,10 +94,17 @@ def _alone(source, k):
     plan = source.plan
     return replace(source, plan=replace(plan, rows=plan.rows[k:k + 1], row_weights=plan.row_weights[k:k + 1]))
 
+def _keep_memory():
+    "Let the C library keep what a window frees for the next one, where Dask told it not to."
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ: return
+    with suppress(OSError, TypeError, AttributeError): # other systems than Linux with glibc have no `mallopt`
+        for option, value in ((-1, 2**31 - 1), (-3, 2**30)): ctypes.CDLL(None).mallopt(option, value) # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
 def _score_into(open_score, source, k, folder, threads, size, made_by):
     "Compute and keep row `k` of a map; `source` holds this row only. Runs on a worker."
     if made_by != (here := (__version__, torch.__version__)): raise RunError(f"a worker has geolab {here[0]} with torch {here[1]}, the driver geolab {made_by[0]} with torch {made_by[1]}; give both the same")
     if torch.get_num_threads() != threads: torch.set_num_threads(threads)
+    _keep_memory()
     try:
         if source.stamp()[1] != size: raise DataError(f"{source.info.path} has another size on a worker than for the driver; all must see the same file")
         with rasterio.Env(GDAL_CACHEMAX=64 << 20), ThreadPoolExecutor(1) as reader, open_score() as score: row = score_row(score, source, 0, pool=reader)
