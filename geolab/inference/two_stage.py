@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_gate', 'open_gates', 'warp_gate', 'GatedScores', 'GatedTiles', 'gated_logits', 'gate_cuts', 'gate_cost',
-           'budget_statistic', 'TwoStage', 'choose_two_stage', 'gate_area', 'predict_gated']
+           'pixel_areas', 'budget_statistic', 'TwoStage', 'choose_two_stage', 'gate_area', 'predict_gated']
 
 # %% ../../nbs/inference/62_two_stage.ipynb #2cab19c1
 import math
@@ -222,7 +222,7 @@ def gate_cost(
     cut: float, # Where the gate is set, one of `scores.cuts`
     logit: float, # Threshold of the segmentation
     *,
-    pixel_area_m2: float|None = None, # Of `RasterInfo.pixel_area`; gives hectares
+    pixel_area_m2: float|Float[np.ndarray, " block"]|None = None, # Of all pixels, or by block as from `pixel_areas`; gives hectares
     ratio: Ratio|str|None = None, # Positives to negatives for the precision; `None` keeps the set's own
     unit: Literal["tile", "pixel"] = "tile", # What the ratio counts
     confidence: float = .95, # Of the intervals
@@ -230,6 +230,7 @@ def gate_cost(
     seed: int = 0, # Of the draws
 ) -> dict: # `area_removed`, `area_removed_ha`, `recall_lost` (of what is found alone), `alone` and `gated` (precision, recall), each with its interval
     "What a gate removes and loses, with intervals over blocks."
+    if np.shape(pixel_area_m2) not in ((), (len(scores.blocks),)): raise DataError(f"`pixel_area_m2` must be one number, or one for each of {len(scores.blocks)} blocks; got {np.shape(pixel_area_m2)}")
     alone, gated = scores.whole, scores.at(cut)
     k, intervals = alone.index_of(logit), dict(confidence=confidence, replicates=replicates, seed=seed)
     pixels, closed = alone.counts.sum((1, 2)), (alone.counts - scores.open(cut).counts).sum((1, 2))
@@ -239,7 +240,17 @@ def gate_cost(
         at, around = metrics_at(hist, logit, ratio, unit), bootstrap_interval(hist, logit, ratio, unit, **intervals)
         return {name: dict(value=at[name], interval=around[name]) for name in ("precision", "recall")} | dict(reason=at["reason"])
     cost = dict(cut=cut, logit=float(alone.edges[k]), blocks=len(alone.blocks), area_removed=share(closed, pixels), recall_lost=share(found - kept, found), alone=level(alone), gated=level(gated))
-    return cost if pixel_area_m2 is None else cost | dict(area_removed_ha=float(closed.sum()*pixel_area_m2/1e4), area_ha=float(pixels.sum()*pixel_area_m2/1e4))
+    return cost if pixel_area_m2 is None else cost | dict(area_removed_ha=float((closed*pixel_area_m2).sum()/1e4), area_ha=float((pixels*pixel_area_m2).sum()/1e4))
+
+# %% ../../nbs/inference/62_two_stage.ipynb #76d279d4
+def pixel_areas(
+    places: gpd.GeoDataFrame, # `Split.blocks`: `block`, `scene`, and rows from `row0` to `row1`
+    scenes: Sequence, # With `id` and `info`, as of `open_scenes`
+    blocks: Sequence[str], # Which blocks, such as those of `GatedScores`
+) -> Float[np.ndarray, " block"]: # Square metres
+    "The area of a pixel in each block."
+    infos, rows = {s.id: s.info for s in scenes}, places.set_index("block").loc[[*blocks]]
+    return np.array([infos[b.scene].pixel_area(int(b.row0 + b.row1)//2) for b in rows.itertuples()])
 
 # %% ../../nbs/inference/62_two_stage.ipynb #aea3f1a1
 def budget_statistic(

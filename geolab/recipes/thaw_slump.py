@@ -30,7 +30,7 @@ from ..data.terrain import INDICES, TERRAIN, StackPlan, named_paths, pair_auxili
 from ..data.tiles import TileDataset
 from ..evaluation.metrics import average_precision, class_metrics, metrics_at, summary, trivial_baselines
 from ..evaluation.scores import ScoreHistogram, save_scores
-from ..inference.two_stage import GatedScores, GatedTiles, choose_two_stage, gate_cost, gate_cuts, gated_logits, open_gates, predict_gated
+from ..inference.two_stage import GatedScores, GatedTiles, choose_two_stage, gate_cost, gate_cuts, gated_logits, open_gates, pixel_areas, predict_gated
 from ..inference.windows import predict_raster
 from ..nn.fusion import build_fusion_network
 from ..nn.losses import build_loss, initialise_bias
@@ -387,7 +387,7 @@ def two_stage(self: Work):
     self.say(f"  {ratio or 'observed'}: {two.summary()}")
     kept, maps, paths = dict(ratio=ratio, part=part, two_stage=two.to_dict(), test=None), {}, []
     if two.cut is not None:
-        cost = kept["test"] = gate_cost(scores["test"], two.cut, two.threshold.logit, pixel_area_m2=self.given[0].info.pixel_area(), confidence=c.confidence)
+        cost = kept["test"] = gate_cost(scores["test"], two.cut, two.threshold.logit, pixel_area_m2=pixel_areas(split.blocks, self.given, scores["test"].blocks), confidence=c.confidence)
         self.say(f"  on test blocks the gate removes {cost['area_removed']['value'] or 0:.1%} of the ground and loses {cost['recall_lost']['value'] or 0:.1%} of what is found")
         for s in self.scenes:
             try: maps[s.id] = predict_gated(run, s.info.path, self.folder/"map"/"gated"/f"{s.id}_probability.tif", gates[s.id], two.cut, aoi=s.aoi, overlap=c.overlap, overwrite=True)
