@@ -44,7 +44,7 @@ def wet_season(
 def depressions(
     season: Float[np.ndarray, " d"], # Of `wet_season`
     rng: Generator, # Source of randomness
-) -> Bool[np.ndarray, " d"]:
+) -> Bool[np.ndarray, " d"]: # True on days with one
     "Days with a depression over the region."
     come, stay = rng.random((len(season), 2)).T
     low, left = np.zeros(len(season), bool), 0
@@ -57,7 +57,7 @@ def depressions(
 @dataclass(frozen=True)
 class Weather:
     "What comes from the sky, day by day."
-    date: pd.DatetimeIndex
+    date: pd.DatetimeIndex # Days, without gaps
     rain: Float[np.ndarray, "d b"] # Precipitation, rain or snow, in mm
     burst: Float[np.ndarray, "d b"] # The part of it that a cloudburst brought, in mm
     temperature: Float[np.ndarray, "d b"] # In degrees Celsius

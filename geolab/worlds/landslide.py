@@ -238,7 +238,7 @@ def landslide_worlds(
     high_share: float = .06, # Likewise
     noise: float = .05, # Deviation of what no map knows, in ln(factor of safety): .05 is 5 % of the factor
     cloud_cover: float = .02, # Share of each image under clouds, up to 0.5
-) -> list[LandslideWorld]:
+) -> list[LandslideWorld]: # One per region
     "Regions that share the meaning of the classes."
     if regions < 1: raise DataError(f"a world needs at least one region, got {regions}")
     if size < 64: raise DataError(f"a region of {size} pixels has no room for hills and valleys; take at least 64")
@@ -255,8 +255,8 @@ def landslide_worlds(
 @delegates(landslide_worlds, but=["regions"])
 def landslide_world(
     size: int = 512, # Side, in pixels; at least 64
-    **kwargs,
-) -> LandslideWorld:
+    **kwargs, # As for `landslide_worlds`
+) -> LandslideWorld: # Region 0 of that seed
     "One region."
     return landslide_worlds(1, size, **kwargs)[0]
 

@@ -92,8 +92,8 @@ class Patch(NamedTuple):
     "Something bare, or a lake."
     kind: str # One of `KINDS`, or `"lake"`
     outline: Float[np.ndarray, "n 2"] # (row, column), in pixels
-    row: float # Origin
-    col: float
+    row: float # Of the origin
+    col: float # Of the origin
     heading: float # Downslope axis of scars, in radians from the column axis towards the rows; 0 for others
     length: float # In pixels
 
