@@ -89,7 +89,7 @@ class RasterInfo:
         t = self.transform
         (left, right), (bottom, top) = sorted((t.c + t.a*col, t.c + t.a*(col + width))), sorted((t.f + t.e*row, t.f + t.e*(row + height)))
         return left, bottom, right, top
-    def indexes(self, bands: Sequence[str]|None = None) -> list[int]:
+    def indexes(self, bands: Sequence[str]|None = None) -> list[int]: # Of all bands, in their order, for `None`
         "Numbers, from 1, of the named bands."
         for name in bands or []:
             if name not in self.bands: raise DataError(f"{self.path} has no band `{name}`; it has {', '.join(self.bands)}")
@@ -314,7 +314,7 @@ class Scene:
         kind = f"{len(self.labels)} polygons" if self.labels is not None else f"mask {self.label_raster.path.name}" if self.label_raster else "no labels"
         return f"Scene({self.id!r}, {self.info.height} x {self.info.width} px, {', '.join(self.bands)}; {kind}{'; within an area of interest' if self.aoi is not None else ''})"
 
-    def read_mask(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
+    def read_mask(self, row: int, col: int, height: int, width: int) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]: # Window as in `read_window`
         "Labels of a window, and where they are known; the image is not read."
         if not self.labelled: raise DataError(f"scene {self.id} has no labels; give `labels` to `open_scenes`")
         window = row, col, height, width
@@ -326,7 +326,7 @@ class Scene:
             known &= measured & (mask | ((values >= 0) & (values != 255)))
         return mask*known.astype(np.int64), known
 
-    def read(self, row: int, col: int, height: int, width: int, bands: Sequence[str]|None = None) -> dict:
+    def read(self, row: int, col: int, height: int, width: int, bands: Sequence[str]|None = None) -> dict: # Window and bands as in `read_window`
         "`image` (c, h, w) float32, `valid` (h, w) bool and, if there are labels, `mask` (h, w) int64."
         window = row, col, height, width
         image, valid = read_window(self.info, *window, bands=bands or self.bands)
@@ -472,9 +472,9 @@ class BandScale:
         if faults: raise DataError(f"{info.path} is not the kind of image that the scale was made for: {'; '.join(faults)}")
         return self.bands if by_name else info.bands if named else tuple(info.bands[plain.index(b)] for b in self.bands)
 
-    def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+    def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()} # Plain values, for JSON
     @classmethod
-    def from_dict(cls, values: dict) -> "BandScale": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    def from_dict(cls, values: dict) -> "BandScale": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}) # Of `to_dict`
 
 # %% ../../nbs/data/10_raster.ipynb #ba444035
 def fit_band_scale(
