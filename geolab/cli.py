@@ -226,7 +226,8 @@ def main(
     except GeolabError as error:
         print(f"geolab: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # after Ctrl-C typer ends with 130, and says nothing
+        if getattr(end, "code", 130) != 130: raise
         print("geolab: stopped; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
 

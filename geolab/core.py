@@ -50,7 +50,7 @@ def require_extra(
 
 # %% ../nbs/00_core.ipynb #52cf840c
 def check_shape(
-    x, # Array or tensor
+    x: Any, # Array or tensor
     shape: str, # Axes, e.g. `"b 1 h w"`: names stand for any size, numbers for themselves
     name: str = "x", # What the caller calls it; used in the message
     **sizes: int, # Sizes that are already known, e.g. `h=64`
@@ -214,7 +214,9 @@ def atomic_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
+        aside.touch(); mode = aside.stat().st_mode; aside.unlink()  # who may read a new file here
         yield aside
+        if aside.stat().st_mode != mode: aside.chmod(mode)  # safetensors writes files that nobody else may read
         with open(aside, "rb") as f: os.fsync(f.fileno())
         os.replace(aside, path)
         folder = os.open(path.parent, os.O_RDONLY)

@@ -10,7 +10,7 @@ __all__ = ['OBSERVED', 'PROMISED', 'Stage', 'stage_keys', 'alone_in', 'run_stage
            'write_samples']
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #3ab1e263
-import errno, math, shutil, time
+import errno, math, shutil, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -82,7 +82,8 @@ def alone_in(
         except ImportError: fcntl = None  # Windows has no such lock
         try:
             if fcntl: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise RunError(f"another geolab is at work in {folder}; wait for it, or give another --out") from None
+        except BlockingIOError: raise RunError(f"another geolab is at work in {folder}; wait for it, or give another --out") from None
+        except OSError: warnings.warn(f"the disk of {folder} knows no locks: take care that only one geolab works there", stacklevel=3)
         yield
 
 # %% ../../nbs/recipes/70_pipeline.ipynb #df9256ac
@@ -442,7 +443,7 @@ def _seen_as(image, bands):
 def display_limits(
     raster: RasterInfo, # Read window by window
     bands: tuple[str, ...], # Names, as for `display`
-    most: int = 2**22, # Pixels that are kept; of a larger raster an even sample
+    most: int = 2**20, # Pixels that are kept; of a larger raster an even sample
 ) -> Float[np.ndarray, "2 3"]: # Lowest and highest value of each colour
     "What a whole raster is stretched between, so that its parts look alike."
     step, kept = math.ceil(math.sqrt(raster.height*raster.width/most)), []
