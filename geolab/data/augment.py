@@ -77,9 +77,9 @@ def jitter_colour(
     valid: Bool[Tensor, "*t h w"], # Pixels that change and that the mean grey is taken of
     rgb: Sequence[int], # Bands of red, green and blue; one band alone is grey and has no saturation
     *,
-    brightness: float = 1., # Factors, 1 changes nothing
-    contrast: float = 1.,
-    saturation: float = 1.,
+    brightness: float = 1., # Factor of all light; 1 changes nothing
+    contrast: float = 1., # Factor of the distance from the mean grey
+    saturation: float = 1., # Factor of the distance from the grey of the pixel
     mean: Sequence[float]|None = None, # Mean of every band, by which the image was standardised
     std: Sequence[float]|None = None, # Deviation of every band
 ) -> Float[Tensor, "*t c h w"]: # A new image; other bands and pixels that are not valid as they were
@@ -253,7 +253,7 @@ def soft_margin(
     width: float, # As given to `soft_labels`
     *,
     form: Literal["gaussian", "distance"] = "gaussian", # As given to `soft_labels`
-    unit: Literal["px", "m"] = "px",
+    unit: Literal["px", "m"] = "px", # Unit of `width`
     pixel_side: float|None = None, # Metres, with `unit="m"`
 ) -> int: # Pixels to read on each side of a tile
     "The margin within which the mask decides over the soft labels of a tile."
@@ -267,7 +267,10 @@ class SoftScene(Scene):
     form: str = "gaussian" # As in `soft_labels`
     width: float = 5. # In pixels
 
-    def read_mask(self, row: int, col: int, height: int, width: int):
+    def read_mask(self,
+        row: int, col: int, # First row and column; may lie outside
+        height: int, width: int, # Rows and columns
+    ) -> tuple[Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
         "Soft labels of a window, the same as those of a larger one, and where they are known."
         m = soft_margin(self.width, form=self.form)
         mask, known = super().read_mask(row - m, col - m, height + 2*m, width + 2*m)
@@ -275,8 +278,8 @@ class SoftScene(Scene):
         return soft_labels(mask, self.width, form=self.form, valid=known)[inside], known[inside]
 
 def soften(
-    scene: Scene,
-    form: Literal["none", "gaussian", "distance"],
+    scene: Scene, # With hard labels
+    form: Literal["none", "gaussian", "distance"], # As in `soft_labels`; `none` leaves the scene as it is
     width: float, # Of the unsure part, in pixels
 ) -> Scene: # The same one for `none`
     "A scene with soft labels."

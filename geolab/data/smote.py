@@ -149,7 +149,7 @@ class SmoteTiles(Dataset):
 
 # %% ../../nbs/data/17_smote.ipynb #99893aa3
 def class_shares(
-    mask: Tensor, # (h, w): classes as whole numbers, or the share of class 1 of two; (k, h, w): shares of K classes
+    mask: Int[Tensor, "h w"]|Float[Tensor, "*k h w"], # (h, w): classes as whole numbers, or the share of class 1 of two; (k, h, w): shares of K classes
     valid: Bool[Tensor, "h w"], # What counts
     classes: int = 2, # Number of classes
 ) -> Float[Tensor, "*k h w"]: # Share of class 1 of two, or of each of K; class 0 where not valid
@@ -309,7 +309,10 @@ class JoinedTiles(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_() # shared, so that persistent workers see the next epoch
 
     def __len__(self): return len(self.tiles)
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self,
+        epoch: int, # Number of the epoch, from 0
+    ) -> None:
+        "Draw the randomness of another epoch from now on, of real tiles too."
         self._epoch.fill_(epoch)
         if hasattr(self.real, "set_epoch"): self.real.set_epoch(epoch)
 
