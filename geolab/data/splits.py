@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 import pandas as pd
@@ -135,8 +135,8 @@ class Frame:
         x, y = a[2] + a[0]*np.asarray(x, float), a[5] + a[4]*np.asarray(y, float)
         if source != target: x, y = _transformer(source, target).transform(x, y)
         return (x - b[2])/b[0], (y - b[5])/b[4]
-    def to_group(self, col, row): return self._move(col, row, self.crs, self.group_crs, self.transform, self.group_transform)
-    def from_group(self, u, v): return self._move(u, v, self.group_crs, self.crs, self.group_transform, self.transform)
+    def to_group(self, col: Any, row: Any) -> tuple: return self._move(col, row, self.crs, self.group_crs, self.transform, self.group_transform) # From pixels of the scene
+    def from_group(self, u: Any, v: Any) -> tuple: return self._move(u, v, self.group_crs, self.crs, self.group_transform, self.transform) # To pixels of the scene
 
 def _outline(box, n=17):
     "Points along the edges of boxes (..., 4): left, top, right, bottom."
