@@ -434,7 +434,7 @@ def stages(
         Stage("polygons", "outlining what was found", Work.outline, ("threshold", "map"), ("min_object_pixels",)),
         Stage("evaluate", "measuring on test blocks", Work.evaluate, ("threshold", "map"), ("object_iou", "min_object_pixels")),
         *([Stage("two_stage", "choosing where to search, and the threshold there", Work.two_stage, ("calibrate",), ("gate", "max_recall_loss", "target_precision", "ratio_unit", "test_realistic_ratio", "confidence", "overlap", "min_object_pixels"))] if gated else []),
-        Stage("report", "writing the report", Work.report, ("evaluate", "polygons")),
+        Stage("report", "writing the report", Work.report, ("evaluate", "polygons", *(["two_stage"] if gated else []))),
     ]
 
 TRAIN_KEYS = tuple(k for k in GuideConfig.model_fields if k not in ("test_realistic_ratio", "workers", "on_nan"))

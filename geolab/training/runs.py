@@ -9,6 +9,7 @@ __all__ = ['BUILDERS', 'StageLog', 'save_model', 'load_model', 'Run', 'run_recip
 import html, platform, time
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, Sequence
 
@@ -343,7 +344,7 @@ def write_model_card(
 ) -> Path: # MODEL_CARD.md in its folder
     "Write the model card from the files of a run on images."
     if (run.path/"model").is_dir(): raise RunError(f"{run.path} is a run on series; write its card with geolab.recipes.flood.write_series_card")
-    parts = [f"# Model card: {run.path.resolve().name}", "\n".join(f"- **{k}**: {v}" for k, v in _facts(run).items() if k != "folder"), *_card_data(run), *_card_results(run), *_card_use(run)]
+    parts = [f"# Model card: {run.path.resolve().name}", "\n".join(f"- **{k}**: {v}" for k, v in _facts(run).items() if k != "folder"), *_card_data(run), *_card_results(run), *_card_gate(run), *_card_use(run)]
     with atomic_file(run.path/"MODEL_CARD.md") as aside: aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return run.path/"MODEL_CARD.md"
 
@@ -356,6 +357,7 @@ def _card_data(run):
     if _have(run, "audit.json") and "total" in run.audit:
         t = run.audit["total"]
         lines += [f"{t['positive']:,} of {t['valid']:,} valid pixels are positive ({t['positive_fraction']:.3%}), in {t['positive_tiles']} of {t['tiles']} tiles.", *(f"Note: {note}." for note in run.audit.get("notes", []))]
+    if _have(run, "model.json"): lines += _modalities(run)
     if _have(run, "split.json"): lines.append(run.split.summary())
     if _have(run, "history.json"): lines.append(f"Trained for {len(run.history)} epochs.")
     return ["## Data and training", *lines] if lines else []
@@ -385,3 +387,24 @@ def _card_use(run):
     if _have(run, "calibration.json") and "ece_after" in (c := read_json(run.path/"calibration.json")):
         limits.append(f"Calibration error {_number(c.get('ece_before'))} before and {_number(c['ece_after'])} after calibration; probabilities mean what they say only where positives are as rare as in the calibration part.")
     return [*out, "## Limits", "\n".join(f"- {line}" for line in limits)]
+
+# %% ../../nbs/training/51_runs.ipynb #a4ad115f
+def _modalities(run):
+    "What a network of several modalities reads."
+    found, bands, arguments = run.spec["arguments"].get("modalities"), iter(run.scale.bands), run.spec["arguments"]
+    if not found: return []
+    hidden = f" Training hid one of them in {arguments['drop_modality']:.0%} of the samples." if arguments.get("drop_modality") else ""
+    return [f"Fusion: {arguments.get('mode', 'early')}, of " + "; ".join(f"{name} ({', '.join(islice(bands, n))})" for name, n in found.items()) + "." + hidden]
+
+def _card_gate(run):
+    "What a susceptibility gate before the network removes and loses."
+    if not _have(run, "two_stage.json"): return []
+    kept = read_json(run.path/"two_stage.json")
+    two, cost = kept["two_stage"], kept["test"]
+    t = two["threshold"]
+    if two["cut"] is None: return ["## Two stages", f"No gate was chosen: {t['reason']}."]
+    def share(name): return f"{_number(cost[name]['value'])} (" + (f"{cost[name]['interval'][0]:.3f} to {cost[name]['interval'][1]:.3f})" if cost[name]["interval"] else "interval unknown)")
+    sure = f"Certified at {t['confidence']:.0%} on {t['blocks']} calibration blocks." if t["certified"] else f"{t['reason'][0].upper() + t['reason'][1:]}."
+    asked = f"lose at most {two['max_loss']:.0%} of the recall" if two["min_recall"] is None else f"find at least {two['min_recall']:.0%} of the positives"
+    return ["## Two stages", f"Searched is where the susceptibility is {two['cut']:.3g} or more; flagged there are logits from {t['logit']:.2f} on. The gate was asked to {asked}, at precision {t['target_precision']:g}. {sure}",
+            f"On test blocks it removes {share('area_removed')} of the ground and loses {share('recall_lost')} of what the network finds alone. What lies behind it was not searched, and may hold positives."]
