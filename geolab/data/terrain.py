@@ -199,22 +199,23 @@ def terrain_bands(
     return np.stack([make[name]() for name in bands]).astype(np.float32)
 
 # %% ../../nbs/data/11_terrain.ipynb #d5ac9395
-def _rows(info, start, stop):
-    "Heights with up to two rows more on either side, where they are valid, and which rows are asked for."
-    top, end = max(0, start - 2), min(info.height, stop + 2)
+def _rows(info, start, stop, rim=2):
+    "Heights with up to `rim` rows more on either side, where they are valid, and which rows are asked for."
+    top, end = max(0, start - rim), min(info.height, stop + rim)
     (z,), valid = read_window(info, top, 0, end - top, info.width)
     return z, valid & np.isfinite(z), slice(start - top, stop - top)
 
 def _drained_bands(info, sides, bands):
     "A function from the number of a band to the pixels that drain through each of its pixels, in the whole raster."
-    n = len(bands)
-    edges = np.memmap(tempfile.TemporaryFile(), np.float64, "w+", shape=(n, 2, info.width)) # of the first and the last row of each band
+    n, lap = len(bands), min(32, bands[0][1] - 1) # each band is solved with so many rows of its neighbours: what meanders over a seam within them needs one pass
+    edges = np.memmap(tempfile.TemporaryFile(), np.float64, "w+", shape=(n, 2, info.width)) # of the row so far behind the start of each band, and of that so far before its end
     made, used = np.zeros((n + 2, 2), int), np.full((n, 2), -1) # how often each of these rows has changed, and which state a band was solved with
     def solve(k):
-        z, valid, own = _rows(info, *bands[k])
-        given = np.full(z.shape, np.nan); given[:own.start] = given[own.stop:] = 0
-        if k > 0: given[own.start - 1] = edges[k - 1, 1]
-        if k < n - 1: given[own.stop] = edges[k + 1, 0]
+        z, valid, own = _rows(info, *bands[k], lap + 2)
+        first, last = own.start - lap, own.stop + lap # rows between these are solved, those beyond are given
+        given = np.full(z.shape, np.nan)
+        if first > 0: given[:first], given[first - 1] = 0, edges[k - 1, 1]
+        if last < len(z): given[last:], given[last] = 0, edges[k + 1, 0]
         return _drained(np.where(valid, z.astype(np.float64), np.nan), sides, given)[own]
     moving = True
     while moving:
@@ -222,7 +223,8 @@ def _drained_bands(info, sides, bands):
         for k in [*range(n), *reversed(range(n - 1))]:
             state = made[k, 1], made[k + 2, 0] # of the row above and of the row below; counted from 1
             if tuple(used[k]) == state: continue
-            moving, used[k], new = True, state, solve(k)[[0, -1]]
+            moving, used[k], drained = True, state, solve(k)
+            new = drained[[min(lap, len(drained) - 1), max(len(drained) - 1 - lap, 0)]] # a band too short for this is the last one, where nobody asks
             made[k + 1] += (new != edges[k]).any(1); edges[k] = new
     return solve
 
@@ -238,7 +240,7 @@ def write_terrain(
     info = src if isinstance(src, RasterInfo) else read_info(src)
     if info.count != 1: raise DataError(f"{info.path} has {info.count} bands ({', '.join(info.bands)}); a height model has one")
     if Path(dst).exists() and Path(dst).samefile(info.path): raise ConfigError(f"{dst} is both source and destination; choose another name")
-    sides, step = pixel_sides(info), band_rows or max(32, 2**20//info.width//32*32) # whole tiles
+    sides, step = pixel_sides(info), band_rows or max(64, 2**20//info.width//32*32) # whole tiles
     terrain_bands(np.zeros((3, 3)), sides, bands) # refuses names
     if min(info.height, info.width) < 3: raise DataError(f"{info.path} must have at least 3 rows and 3 columns, got {info.height} x {info.width}")
     spans, found = [(start, min(start + step, info.height)) for start in range(0, info.height, step)], False
