@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,14 +19,17 @@ import torch
 from geolab.cli import main
 from geolab.core import ConfigError, DataError, GeolabError, RunError, SplitError, load_yaml, read_json, sha256_of, write_json
 from geolab.data.augment import rgb_of
-from geolab.data.raster import read_info
+from geolab.data.raster import read_info, read_window, write_geotiff
 from geolab.evaluation.ordinal import MEASURES, PER_CLASS, decide
 from geolab.evaluation.calibration import SoftmaxCalibrator
+from geolab.inference.crf import crf_score, dense_crf
 from geolab.inference.tta import DOUBT
 from geolab.inference.windows import predict_raster
 from geolab.recipes import landslide
-from geolab.recipes.pipeline import merge_config, stage_keys
+from geolab.recipes.ordinal_training import CrfConfig
+from geolab.recipes.pipeline import display, display_limits, merge_config, stage_keys
 from geolab.training.runs import Run
+from geolab.worlds.landslide import landslide_worlds, write_landslide_world
 
 SMALL = ["training.epochs=2", "training.steps_per_epoch=2", "world.regions=4", "world.size=256"]
 FILES = ["config.yaml", "audit.json", "split.json", "dataset_summary.json", "model.json", "model.safetensors", "history.json", "calibration.json", "cuts.json", "metrics.json", "scores.npz",
@@ -395,9 +400,9 @@ def test_a_tie_is_no_win():
 
 # --- killed ---
 
-def killed_when(seen, out, seconds=240):
+def killed_when(seen, out, *settings, seconds=240):
     "Run in a process of its own, and kill it (signal 9) as soon as `seen()` is true."
-    code = f"from geolab.recipes import landslide\nlandslide.run(out={str(out)!r}, settings={SMALL!r}, say=lambda text: None)"
+    code = f"from geolab.recipes import landslide\nlandslide.run(out={str(out)!r}, settings={[*SMALL, *settings]!r}, say=lambda text: None)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1")) as going:
         start = time.monotonic()
         while not seen() and going.poll() is None and time.monotonic() - start < seconds: time.sleep(.005)
@@ -420,6 +425,72 @@ def test_killed_and_continued(whole, tmp_path):
     for name in ("calibration.json", "dataset_summary.json"): assert read_json(out / name) == read_json(whole[0] / name), name
     for path in sorted((whole[0] / "map").glob("*_network.tif")): assert sha256_of(path) == sha256_of(out / "map" / path.name), path.name
     assert [p.name for p in out.rglob(".*") if p.name != ".lock"] == []  # no draft, nothing half-written
+
+
+def test_killed_while_the_crf_is_drawn(whole, tmp_path):
+    "What is finished of a smoothed map is kept, and the end is the same to the byte."
+    out, again = (shutil.copytree(whole[0], tmp_path / name) for name in ("run", "again"))
+    settings = ["inference.crf.tile_size=24", "inference.crf.bilateral_sxy=4"]
+    assert done_anew(resumed(out, *settings, until="crf")) == ["crf"]
+    def bands():
+        try: return len((again / "map/.region_1_risk.tif.draft/journal").read_text().split()) - 1
+        except OSError: return 0
+    killed_when(lambda: bands() > 1, again, *settings)
+    assert sha256_of(again / "map/region_0_risk.tif") == sha256_of(out / "map/region_0_risk.tif")
+    before, asked = bands(), []
+    def counted(*args, **kwargs):
+        score = crf_score(*args, **kwargs)
+        return lambda x: asked.append(1) or score(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landslide, "crf_score", counted)
+        landslide.refine(again / "map/region_1_network.tif", again / "data/images/region_1.tif", again / "map/region_1_risk.tif", crf_of(again, *settings), overwrite=True, progress=False)
+        continued, asked[:] = len(asked), []
+        landslide.refine(again / "map/region_1_network.tif", again / "data/images/region_1.tif", tmp_path / "anew.tif", crf_of(again, *settings), progress=False)
+    assert 0 < continued < len(asked) and before > 1
+    assert done_anew(resumed(again, *settings, until="crf")) == ["crf"]
+    for path in sorted((out / "map").glob("*_risk.tif")): assert sha256_of(path) == sha256_of(again / "map" / path.name), path.name
+    assert [p.name for p in again.rglob(".*") if p.name != ".lock"] == []
+
+
+# --- a scene of any size ---
+
+def crf_of(out, *settings):
+    "The CRF of a run under other settings."
+    changed = {key.removeprefix("inference.crf."): float(value) if "." in value else int(value) for key, value in (text.split("=") for text in settings)}
+    return CrfConfig(**load_yaml(out / "config.yaml")["config"]["inference"]["crf"] | changed)
+
+
+def test_the_crf_of_windows_is_that_of_the_scene(tmp_path):
+    "The scene at once is `dense_crf`; windows with a rim of one reach have the same classes."
+    write_landslide_world(tmp_path, landslide_worlds(1, 256, seed=42))
+    image, rgb = tmp_path / "images/region_0.tif", ("red", "green", "blue")
+    truth, (shown, valid) = pixels(tmp_path / "labels/region_0.tif", 1), read_window(image, 0, 0, 256, 256, bands=rgb)
+    z = 2 * np.eye(3)[np.where(truth == 255, 0, truth)].transpose(2, 0, 1) + np.random.default_rng(0).gumbel(size=(3, 256, 256))  # as of a network that is unsure
+    here, p = truth != 255, (np.exp(z) / np.exp(z).sum(0)).astype(np.float32)
+    network = write_geotiff(tmp_path / "network.tif", np.where(here, p, np.nan), bands=[f"probability_{name}" for name in NAMES], nodata=np.nan, crs=read_info(image).crs, transform=read_info(image).transform)
+    crf = CrfConfig(iterations=8, spatial_weight=2, compat_spatial=1, compat_bilateral=2, bilateral_sxy=6, bilateral_srgb=13, compatibility="ordinal")
+    at_once = dense_crf(p, display(shown, valid, rgb), valid=here, iterations=8, gaussian_sxy=2, gaussian_compat=1, bilateral_sxy=6, bilateral_srgb=13, bilateral_compat=2, compatibility="ordinal", progress=False)
+    one, many = (pixels(landslide.refine(network, image, tmp_path / f"{tile}.tif", crf.model_copy(update=dict(tile_size=tile)), progress=False)) for tile in (2048, 64))
+    assert (np.isfinite(one) == here).all() and (np.isfinite(many) == here).all() and not here.all()
+    assert np.abs(one - at_once)[:, here].max() < 1e-4
+    assert (one.argmax(0) != p.argmax(0))[here].mean() > .01  # there is something to agree about
+    assert (one.argmax(0) == many.argmax(0))[here].all() and 0 < np.abs(one - many)[:, here].max() < .02
+
+
+def test_the_crf_needs_no_more_memory_for_a_longer_scene(tmp_path, monkeypatch):
+    "Rows of windows and an even sample for the stretch: three times the scene, the same peak of numpy."
+    monkeypatch.setattr(landslide, "display_limits", partial(display_limits, most=2**16))
+    crf, peaks = CrfConfig(iterations=1, compat_bilateral=0, spatial_weight=1, tile_size=128), []
+    for height in (4096, 12288):
+        rng, place = np.random.default_rng(0), dict(crs="EPSG:32633", transform=rasterio.Affine(10, 0, 480_000, 0, -10, 5_260_000))
+        p = rng.random((3, height, 256), np.float32)
+        network = write_geotiff(tmp_path / f"p{height}.tif", p / p.sum(0), bands=[f"probability_{name}" for name in NAMES], nodata=np.nan, **place)
+        image = write_geotiff(tmp_path / f"x{height}.tif", rng.random((1, height, 256), np.float32), bands=["red"], nodata=np.nan, **place)
+        tracemalloc.start()
+        landslide.refine(network, image, tmp_path / f"r{height}.tif", crf, progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] and peaks[1] < p.nbytes
 
 
 # --- bad input ---

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Mapping
 
 import numpy as np
+import rasterio
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
@@ -118,8 +119,7 @@ def refine(
 ) -> Path: # Bands `probability_low` and so on
     "Smooth the probabilities of a map along the edges of its image."
     info, source = read_info(network_map), read_info(image)
-    names = tuple(b for b in info.bands if b.startswith("probability_"))
-    shown = tuple(source.bands[i] for i in rgb_of(source.bands) or [0])  # what `display` looks at
+    names, shown = tuple(b for b in info.bands if b.startswith("probability_")), tuple(source.bands[i] for i in rgb_of(source.bands) or [0])  # `display` looks at these
     settings = document_settings({name: getattr(crf, name) for name in ("enabled", "iterations", "spatial_weight", "compat_spatial", "compat_bilateral", "tile_size")})
     settings |= dict(bilateral_sxy=crf.bilateral_sxy, bilateral_srgb=crf.bilateral_srgb, compatibility=crf.compatibility)
     tile, rim, k, limits = settings.pop("tile"), crf_rim(**settings), len(names), display_limits(source, shown)
@@ -340,13 +340,12 @@ def part_class_maps(run: RunFiles, most: int = 4) -> list[Html]:
     names, paths = list(run.config["classes"]), sorted((run.path/"map").glob("*_class.tif"))
     if not paths: return [absent("No map: there is no *_class.tif in the folder map.")]
     def one(path):
-        values, valid = read_window(path, 0, 0, (info := read_info(path)).height, info.width)
-        step = max(1, info.width//400)
+        with rasterio.open(path) as src: small = src.read(1, masked=True, out_shape=[max(1, n//max(1, src.width//400)) for n in src.shape])  # by its overviews
         def draw(ax):
-            shown = ax.imshow(np.where(valid, values[0], np.nan)[::step, ::step], cmap=ListedColormap(class_colours(len(names))), vmin=-.5, vmax=len(names) - .5, interpolation="nearest")
+            shown = ax.imshow(small, cmap=ListedColormap(class_colours(len(names))), vmin=-.5, vmax=len(names) - .5, interpolation="nearest")
             ax.figure.colorbar(shown, ax=ax, ticks=range(len(names)), shrink=.7).ax.set_yticklabels(names)
             ax.set_axis_off()
-        return figure(run.path, f"class_{path.stem}", draw, f"{path.stem.removesuffix('_class')}: classes.", f"Class map of {path.stem}.", (4.2, 3.4*info.height/info.width))
+        return figure(run.path, f"class_{path.stem}", draw, f"{path.stem.removesuffix('_class')}: classes.", f"Class map of {path.stem}.", (4.2, 3.4*small.shape[0]/small.shape[1]))
     return [tag("p", "Classes as drawn; white is unknown ground. The files in the folder map carry the colours and names for a GIS."), tag("div", [one(p) for p in paths[:most]], class_="grid"),
         absent(f"{len(paths) - most} more are in the folder map.") if len(paths) > most else None]
 
