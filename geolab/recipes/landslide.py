@@ -340,7 +340,7 @@ def part_class_maps(run: RunFiles, most: int = 4) -> list[Html]:
     names, paths = list(run.config["classes"]), sorted((run.path/"map").glob("*_class.tif"))
     if not paths: return [absent("No map: there is no *_class.tif in the folder map.")]
     def one(path):
-        with rasterio.open(path) as src: small = src.read(1, masked=True, out_shape=[max(1, n//max(1, src.width//400)) for n in src.shape])  # by its overviews
+        with rasterio.open(path) as src: small = src.read(1, masked=True, out_shape=tuple(max(1, n//max(1, src.width//400)) for n in src.shape))  # by its overviews
         def draw(ax):
             shown = ax.imshow(small, cmap=ListedColormap(class_colours(len(names))), vmin=-.5, vmax=len(names) - .5, interpolation="nearest")
             ax.figure.colorbar(shown, ax=ax, ticks=range(len(names)), shrink=.7).ax.set_yticklabels(names)
