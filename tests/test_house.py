@@ -132,6 +132,13 @@ def test_links_between_pages_lead_somewhere():
     none(f"{page.relative_to(TOP)}: {target}" for page, source in pages for target in link.findall(source) if not (page.parent/target).exists())
 
 
+def test_commands_in_formulas_have_one_backslash():
+    "Two of them are a line break, and the name of the command is then shown as text."
+    doubled = re.compile(r"\\\\(?:[a-zA-Z]+|,)")
+    assert doubled.search(r"$e^{-t/\\tau}$") and not doubled.search(r"$\begin{cases}0 & t < d\\ 1 & t \ge d\end{cases}$")
+    none(f"{nb.relative_to(TOP)}, cell {i}: {found[0]}" for nb in NOTEBOOKS for i, source in cells(nb, "markdown") for found in doubled.finditer(source))
+
+
 # ---- the package
 
 def is_safe_loader(loader, tree):
