@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'MatrixConfig', 'merged', 'read_settings', 'Matrix', 'read_matrix', 'Cell', 'cells_of', 'check_folder',
-           'run_cells', 'run_search', 'tabulate', 'run_sweep']
+           'run_cells', 'run_search', 'found_before', 'tabulate', 'run_sweep']
 
 # %% ../nbs/81_sweep.ipynb #cd63e416
-import inspect, itertools, re, time
+import ctypes, gc, inspect, itertools, re, time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,9 +20,9 @@ import yaml
 from pydantic import Field, field_validator
 
 from .compare import METRICS, Comparison, read_scored, write_comparison
-from .core import Config, ConfigError, RatioField, RunError, atomic_file, content_hash, load_yaml, nearest, read_json, write_json
+from .core import Config, ConfigError, RatioField, RunError, atomic_file, content_hash, load_yaml, nearest, read_json, require_extra, write_json
 from .recipes.pipeline import alone_in, merge_config, open_folder
-from .search import SearchConfig, open_study, plot_trials, run_trials, trial_table, validation_metric
+from .search import SearchConfig, best_settings, open_study, plot_trials, run_trials, trial_table, validation_metric
 from .training.runs import Run
 from .training.tracking import follow, open_group, store_uri
 
@@ -191,7 +192,7 @@ def _check_rows(matrix):
     if faults: raise ConfigError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in the matrix; nothing was run:\n" + "\n".join(f"- {fault}" for fault in faults))
     if m.search:
         metric = m.search.metric or getattr(read_settings(m.recipe, m.profile, m.base), "early_stopping_metric", "val_loss")
-        object.__setattr__(m, "search", m.search.model_copy(update=dict(metric=validation_metric(metric))))
+        object.__setattr__(m, "search", m.search.model_copy(update=dict(metric=validation_metric(metric, m.search.space))))
 
 # %% ../nbs/81_sweep.ipynb #17a09867
 @dataclass(frozen=True)
@@ -229,14 +230,19 @@ def check_folder(
         if changed := [k for k, v in now.plain().items() if before.get(k) != v]:
             raise RunError(f"{cell.folder} was made with {changed[0]} {before.get(changed[0])}, the matrix now says {now.plain()[changed[0]]}; give another --out, or another name to the row")
 
-def _go(matrix, folder, values, seed, log, say, track, parent, name, **more):
+def _go(matrix, folder, values, seed, log, say, track, parent, name, ends={}, **more):
     "Run or continue a run folder; what it says goes to a log, its stages to `say`."
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file, follow(folder, track, parent=parent, name=name):
+    with open(log, "a", encoding="utf-8") as file, follow(folder, track, parent=parent, name=name, ends=ends):
         def tell(text):
             print(text, file=file, flush=True)
             if text.startswith("[") and not text.endswith("done before"): say(f"  {text}")
         return matrix.module.run(values, **matrix.config.data, out=folder, profile=matrix.config.profile, seed=seed, say=tell, **more)
+
+def _give_back():
+    "Give the memory of a run that has ended back to the system; glibc would keep it, and the next run asks for other sizes."
+    gc.collect()
+    with suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 # %% ../nbs/81_sweep.ipynb #c35b2788
 def run_cells(
@@ -266,6 +272,7 @@ def run_cells(
             failed[str(cell)] = f"{type(error).__name__}: {error}"
             say(f"  failed: {error}")
         write_json(path, failed)
+        _give_back()
         spent.append(time.perf_counter() - begin)
     return {str(c): failed[str(c)] for c in cells if str(c) in failed}
 
@@ -280,13 +287,14 @@ def run_search(
 ) -> dict[str, dict]: # Name of the row, such as `best_12` from trial 12, and its settings over the profile
     "Search settings on the validation part."
     m = matrix.config
-    study = open_study(Path(out)/"study.db", m.search, recipe=m.recipe, base=[m.profile, m.base, m.data, m.seeds[0]])
+    study, ends = _study(matrix, out), dict(pruned=require_extra("optuna", "sweep").TrialPruned)
     handed = "on_epoch" in inspect.signature(matrix.module.run).parameters
     if m.search.prune and not handed: say(f"no trial is pruned: the recipe {m.recipe} does not hand on its epochs")
     def train(number, settings, report):
+        _give_back()  # of the trial before, however it ended
         folder = Path(out)/"search"/f"trial_{number:03d}"
         for row in read_json(folder/"history.json") if handed and (folder/"history.json").exists() else []: report(row)  # epochs before a kill
-        _go(matrix, folder, merged(m.base, settings), m.seeds[0], Path(out)/"logs"/f"trial_{number:03d}.txt", lambda text: None, track, parent, f"trial {number}",
+        _go(matrix, folder, merged(m.base, settings), m.seeds[0], Path(out)/"logs"/f"trial_{number:03d}.txt", lambda text: None, track, parent, f"trial {number}", ends,
             until=getattr(matrix.module, "TRAINED", "train"), **(dict(on_epoch=report) if handed else {}))
         rows = read_json(folder/"history.json")
         report(dict.fromkeys(rows[0]))  # refuses a metric that is not there, where the recipe hands on no epochs
@@ -301,7 +309,24 @@ def run_search(
     plot_trials(trials, m.search.metric, figure.add_subplot())
     with atomic_file(Path(out)/"trials.png") as aside: figure.savefig(aside, metadata={"Software": None})
     say(f"best of {len(trials)} trials: " + ", ".join(f"{k} {v}" for k, v in best.items()))
-    return {f"best_{study.best_trial.number + 1}": merged(m.base, best)}
+    return {_row_of(study): merged(m.base, best)}
+
+# %% ../nbs/81_sweep.ipynb #7eeb1ee3
+def _study(matrix, out):
+    m = matrix.config
+    return open_study(Path(out)/"study.db", m.search, recipe=m.recipe, base=[m.profile, m.base, m.data, m.seeds[0]])
+
+def _row_of(study): return f"best_{study.best_trial.number + 1}"
+
+def found_before(
+    matrix: Matrix, # With a search
+    out: Path, # Folder of the sweep
+) -> dict[str, dict]: # As `run_search` gives it; empty where the search is not done
+    "What a search found that is done; trains nothing."
+    if not (Path(out)/"study.db").exists(): return {}
+    study, m = _study(matrix, out), matrix.config
+    if len(study.trials) < m.search.trials or any(t.state.name == "RUNNING" for t in study.trials) or all(t.state.name != "COMPLETE" for t in study.trials): return {}
+    return {_row_of(study): merged(m.base, best_settings(study, m.search))}
 
 # %% ../nbs/81_sweep.ipynb #168f6b34
 def tabulate(
@@ -317,7 +342,7 @@ def tabulate(
     runs = {row: runs[row] for row in matrix.rows if row in runs}
     baseline = matrix.baseline if matrix.baseline in runs and len(runs) > 1 else None
     found = Comparison(runs, precision=m.precision, ratio=m.ratio, confidence=m.confidence).table(baseline)
-    how = f"Each number is the mean over the row's seeds. Its {m.confidence:.0%} interval is a hierarchical bootstrap: seeds are redrawn, then the test blocks of each drawn seed's run, once for all where these are the same; where a row has one seed, blocks only. Each interval stands for itself: of many rows some differ from {baseline or 'another'} by chance. " \
+    how = f"Each number is the mean over the row's seeds. Its {m.confidence:.0%} interval is a hierarchical bootstrap: seeds are redrawn, then the test blocks of each drawn seed's run, a block that several seeds were tested on once for all of them; where a row has one seed, blocks only. Each interval stands for itself: of many rows some differ from {baseline or 'another'} by chance. " \
           f"A gain is the difference from {baseline}, redrawn with the same seeds and the same blocks. Recall at precision {m.precision:g} is read off the test curve, 0 where no threshold reaches it; IoU holds at each run's own threshold. " \
           + ("Positives are as rare as in the test blocks." if m.ratio is None else f"One tile with positives to {m.ratio.negative/m.ratio.positive:g} without.")
     write_comparison(out, found, title=f"{matrix.name}: {m.recipe}, {m.profile}", baseline=baseline, precision=m.precision, notes={"How": how, "Failed": "\n".join(f"{cell}: {error}" for cell, error in failed.items())})
@@ -335,12 +360,14 @@ def run_sweep(
     "Run or continue a matrix, and compare its rows."
     matrix, track = read_matrix(source, profile), None if track is None else store_uri(track)
     out, m, group = Path(out or Path("sweeps")/matrix.name), matrix.config, None
+    searched = m.search is not None and (not only or any(re.fullmatch(r"best_\d+", row) for row in only))
+    if strange := [row for row in only if row not in matrix.rows and not (searched and row.startswith("best_"))]: raise ConfigError(f"no row `{strange[0]}`; there are {', '.join(matrix.rows)}")
     check_folder(matrix, out)
     with alone_in(out):
         with atomic_file(out/"sweep.yaml") as aside: aside.write_text(yaml.safe_dump(m.plain(), sort_keys=False))
         if track: group = open_group(out, track, experiment=matrix.name, tags=dict(recipe=m.recipe, profile=m.profile))
         options = dict(track=track, parent=group and group.run_id, say=say)
-        if m.search: matrix = Matrix(matrix.name, m, matrix.module, matrix.rows | run_search(matrix, out, **options))
+        if m.search: matrix = Matrix(matrix.name, m, matrix.module, matrix.rows | (run_search(matrix, out, **options) if searched else found_before(matrix, out)))
         check_folder(matrix, out)
         failed = run_cells(matrix, out, only=[*only], **options)
         found = tabulate(matrix, out, failed)

@@ -1,23 +1,27 @@
 """An experiment matrix as a person runs it: killed and continued, with cells that fail, searched, and refused where it cannot work."""
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlflow
 import optuna
 import pandas as pd
 import pytest
 import yaml
 
-from geolab.core import ConfigError, RunError, read_json, sha256_of
+from geolab.core import ConfigError, RunError, read_json, sha256_of, write_json
 from geolab.recipes import thaw_slump
 from geolab.recipes.pipeline import alone_in
 from geolab.search import open_study
-from geolab.sweep import EXAMPLES, read_matrix, run_search, run_sweep
+from geolab.sweep import EXAMPLES, Matrix, _give_back, read_matrix, run_search, run_sweep
+from geolab.training.tracking import store_uri
 
 BASE = {"world": {"casts": 800, "lengths": [80, 90]}, "architecture": {"hidden_size": 4}, "training": {"num_epochs": 2, "batch_size": 64}, "shown_defects": None}
 MATRIX = dict(recipe="casting", base=BASE, seeds=[1], rows={"baseline": {}, "broken": {"world.lengths": [60, 70]}, "small": {"architecture.hidden_size": 3}})
@@ -132,6 +136,45 @@ def test_the_epochs_reach_a_trial_of_thaw_slumps_and_end_it(tmp_path):
     assert len(read_json(tmp_path/"run/history.json")) == 1 and not (tmp_path/"run/model.safetensors").exists()
 
 
+def test_some_rows_alone_search_nothing(whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path/"sweep")
+    asked = MATRIX | dict(search=SEARCH["search"])
+    with pytest.raises(ConfigError, match="no row `smal`"): run_sweep(asked, out=out, only=["smal"], say=quiet)
+    found, failed = run_sweep(asked, out=out, only=["small"], say=quiet)
+    assert found.row.tolist() == ["baseline", "small"] and not failed and not (out/"search").exists() and not (out/"study.db").exists()
+
+
+def test_a_pruned_trial_is_killed_in_mlflow_and_says_so(tmp_path):
+    def run(config, *, out, profile, seed, say, until=None, on_epoch=None):
+        "Each trial is worse than the one before."
+        out.mkdir(parents=True)
+        (out/"config.yaml").write_text(yaml.safe_dump(dict(recipe="casting", profile=profile, geolab="0", data={}, config=config)))
+        rows = [dict(epoch=epoch, val_average_precision=.9 - .1*int(out.name[-1])) for epoch in (1, 2)]
+        for n in (1, 2):
+            write_json(out/"history.json", rows[:n])
+            if on_epoch: on_epoch(rows[n - 1])
+    matrix = read_matrix(SEARCH | dict(search=SEARCH["search"] | dict(trials=4, startup=2, warmup=0)))
+    matrix = Matrix("made", matrix.config, SimpleNamespace(run=run), matrix.rows)
+    run_search(matrix, tmp_path/"sweep", track=(uri := store_uri(tmp_path/"store.db")), say=quiet)
+    client = mlflow.MlflowClient(uri)
+    kept = {r.info.run_name: r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])}
+    state = pd.read_csv(tmp_path/"sweep/trials.csv").state.tolist()
+    assert "pruned" in state and "complete" in state
+    assert [kept[f"trial {i}"].info.status for i in range(4)] == [dict(pruned="KILLED", complete="FINISHED")[s] for s in state]
+    assert ["behind the median" in kept[f"trial {i}"].data.tags.get("pruned", "") for i in range(4)] == [s == "pruned" for s in state]
+    assert not any("error" in r.data.tags for r in kept.values())
+
+
+def test_what_a_cell_has_freed_goes_back_to_the_system():
+    def resident(): return int(Path("/proc/self/statm").read_text().split()[1])*os.sysconf("SC_PAGESIZE")
+    held = [bytearray(b"1"*100_000) for _ in range(2000)]
+    last, full = held[-1], resident()  # one that stays keeps the rest from falling back by itself
+    del held
+    kept = resident()
+    _give_back()
+    assert kept > full - 50e6 and resident() < kept - 120e6 and len(last) == 100_000
+
+
 @pytest.mark.parametrize("text, word", [
     ("recipe: thaw_slump\naxes: {lerning_rate: [1e-3]}", "did you mean `learning_rate`"),
     ("recipe: thaw_slump\naxes: {focal_gamma: [high]}", "`focal_gamma`"),
@@ -142,6 +185,7 @@ def test_the_epochs_reach_a_trial_of_thaw_slumps_and_end_it(tmp_path):
     ("recipe: thaw_slump\nrows: {a: {}}\nrows: {b: {}}", "stands twice"),
     ("- a\n- b", "must hold `key: value` lines"),
     ("recipe: thaw_slump\nsearch: {space: {loss: focal}}", "must be a list of choices"),
+    ("recipe: casting\nsearch: {metric: val_loss, space: {shown_defects: [.1, .3]}}", "a search of `shown_defects` cannot go by `val_loss`"),
     ("recipe: thaw_slump\nprofile: fast\nrows: {a: {}}", "choose `quick` or `full`")])
 def test_bad_matrices_are_refused_before_anything_runs(tmp_path, text, word):
     path = tmp_path/"matrix.yaml"

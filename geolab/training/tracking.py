@@ -412,6 +412,7 @@ def follow(
     uri: str|Path|None = DEFAULT, # As in `store_uri`; `None` tracks nothing and needs no MLflow
     *,
     every: float = 2., # Seconds between two looks
+    ends: Mapping[str, type[BaseException]] = {}, # Errors that end a run on purpose, by the tag that says so, such as `pruned`
     **options, # Of `RunTracker`
 ) -> Iterator[RunTracker|None]:
     "Track a run folder while the block runs."
@@ -427,7 +428,8 @@ def follow(
     thread.start()
     try: yield tracker
     except BaseException as error:
-        status, tags = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", {"error": f"{type(error).__name__}: {error}"[:8000]}
+        tag = next((tag for tag, kind in ends.items() if isinstance(error, kind)), None)
+        status, tags = "KILLED" if tag or isinstance(error, KeyboardInterrupt) else "FAILED", {tag or "error": f"{type(error).__name__}: {error}"[:8000]}
         raise
     finally:
         stop.set()
