@@ -182,7 +182,7 @@ def _faults(cls, error):
         elif e["type"] == "missing": lines.append(f"`{key}` is missing")
         elif not key: lines += e["msg"].removeprefix("Value error, ").split("\n- ")  # a check of several keys may tell several faults
         else:
-            says = e["msg"].removeprefix("Value error, ")
+            says = e["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list in brackets, such as [1, 2]")
             lines.append(f"`{key}`: {says}" + ("" if f"got {got!r}" in says else f", got {got!r}"))
     return f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the configuration:\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -112,7 +112,10 @@ def run_stages(
             for place in (folder, *folder.glob("members/*")): shutil.rmtree(place/"checkpoints", ignore_errors=True)
             log = StageLog(folder, recipe, names)
         lost = [stage.name for stage in chosen if stage.costly and log.key(stage.name) not in (None, keys[stage.name])]
-        if lost: raise RunError(f"{folder} holds a finished `{lost[0]}` for other settings or data; give another --out to keep it, or --force to make this run anew")
+        if lost:
+            same = (folder/"config.yaml").exists() and load_yaml(folder/"config.yaml").get("config") == config
+            what = "data, since the path, size or time of an input file has changed (`cp -p` keeps times)" if same else "settings or data"
+            raise RunError(f"{folder} holds a finished `{lost[0]}` for other {what}; give another --out to keep it, or --force to make this run anew")
         if begin: begin()
         for number, stage in enumerate(chosen, 1): _do(stage, f"[{number}/{len(chosen)}] {stage.name}", work, folder, keys[stage.name], log, say)
 
