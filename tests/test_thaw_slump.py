@@ -85,6 +85,8 @@ def test_two_stages_are_chosen_together_and_measured(flood):
     searched = np.isfinite(gated)
     assert (wet[searched] >= two["cut"]).all() and (wet[~searched & np.isfinite(whole)] < two["cut"]).all() and np.array_equal(gated[searched], whole[searched])
     assert (run.path/"map"/"gated"/"polygons.parquet").exists()
+    card = (run.path/"MODEL_CARD.md").read_text()
+    assert "## Two stages" in card and f"removes {cost['area_removed']['value']:.3f}" in card and "Fusion: late, of image (B1, B2, B3); radar (radar_VV, radar_VH)." in card
 
 
 def test_early_fusion_learns_from_the_same_files(guide, flood, tmp_path):
