@@ -25,6 +25,7 @@ from .evaluation.thresholds import plan_calibration, plot_prevalence, plot_trade
 from .page import Html, Missing, absent, facts, figure, html_page, percent, pick, picture, show, table, tag
 from .page import EXPLORER, bright_end, encode, explorer, plot_columns, plot_map, read_overview, sample_panels
 from .training.epochs import plot_history
+from .training.runs import gate_findings
 
 # %% ../nbs/69_report.ipynb #2dad4783
 class RunFiles:
@@ -274,7 +275,8 @@ def part_thresholds(run: RunFiles) -> list[Html]:
     caption = (f"Chosen on {max(v.get('blocks') or 0 for v in per.values())} blocks of the part {found.get('part', 'cal')}: the threshold of largest recall "
                "that reaches the target precision there, the certified one where there is one. Precision and recall are estimates.")
     head = ["ratio", "target", "logit", "probability", "precision", "recall", "certified"]
-    return [table(caption, head, [row(k, v) for k, v in per.items()], words=[6]), _trade_off(run, per), _prevalence(run)]
+    gate = [tag("h3", "With a gate before the network"), *(tag("p", text) for text in gate_findings(run.path))] if (run.path/"two_stage.json").is_file() else []
+    return [table(caption, head, [row(k, v) for k, v in per.items()], words=[6]), _trade_off(run, per), _prevalence(run), *gate]
 
 def _trade_off(run, per):
     "Precision and recall over the threshold, on the calibration blocks."

@@ -86,6 +86,7 @@ def test_two_stages_are_chosen_together_and_measured(flood):
     assert (wet[searched] >= two["cut"]).all() and (wet[~searched & np.isfinite(whole)] < two["cut"]).all() and np.array_equal(gated[searched], whole[searched])
     assert (run.path/"map"/"gated"/"polygons.parquet").exists()
     card = (run.path/"MODEL_CARD.md").read_text()
+    assert "With a gate before the network" in (run.path/"report.html").read_text()
     assert "## Two stages" in card and f"removes {cost['area_removed']['value']:.3f}" in card and "Fusion: late, of image (B1, B2, B3); radar (radar_VV, radar_VH)." in card
 
 
