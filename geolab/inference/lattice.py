@@ -199,8 +199,11 @@ class Lattice:
 
 # %% ../../nbs/inference/06_lattice.ipynb #33fd1f7e
 @patch
-def scatter(self: Lattice, i, values):
-    "Take in the values (k, n) of a strip."
+def scatter(self: Lattice,
+    i: int, # Number of the strip
+    values: Float[np.ndarray, "k n"], # Of its points
+) -> None:
+    "Take in the values of a strip."
     self.tools.scatter(self.index[i], self.weight[i], values, self.parts[i], self.lanes)
 
 @patch
@@ -216,14 +219,18 @@ def blur(self: Lattice):
     self.tables = [table, other]
 
 @patch
-def gather(self: Lattice, i):
-    "What the pixels of a strip hear, (k, n)."
+def gather(self: Lattice,
+    i: int, # Number of the strip
+) -> Float[np.ndarray, "k n"]: # Sums over all points, weighted by the kernel
+    "What the points of a strip hear."
     values = np.empty((len(self.lanes), len(self.index[i])), np.float32)
     self.tools.gather(self.index[i], self.weight[i], self.tables[0].take(self.rows[i], 0), values, self.lanes)
     return values
 
 @patch
-def normalise(self: Lattice, factor):
+def normalise(self: Lattice,
+    factor: float, # Weight of the kernel
+) -> Lattice: # The same object
     "Divide the kernel by the roots of its sums at both ends, and multiply it by a factor."
     strips = range(len(self.index))
     self.each(lambda i: self.scatter(i, np.ones((len(self.lanes), len(self.index[i])), np.float32)), strips)
