@@ -175,8 +175,8 @@ class Kind(NamedTuple):
     names: tuple[str, ...] # Of the bands
     dtype: np.dtype # Of the numbers in the draft
     nodata: float # Number that stands for "no map here"
-    step: float = 1.
-    offset: float = 0.
+    step: float = 1. # Between two numbers, in units of the value; 1 stores values as they are
+    offset: float = 0. # Value that the number 0 stands for
     half: bool = False # 16 bits in the file
 
     def store(self, values: np.ndarray) -> np.ndarray:
@@ -190,7 +190,7 @@ class Kind(NamedTuple):
         return np.where(np.isnan(numbers) if np.isnan(self.nodata) else numbers == self.nodata, np.nan, values).astype(np.float32)
 
 def kind_of(
-    layer: Layer,
+    layer: Layer, # One file of the map
     channels: int = 1, # Channels of the logits
 ) -> Kind:
     "What `layer.transform` makes of a few zeros, and how it is stored."

@@ -94,7 +94,7 @@ def plan_windows(
 class WindowSource:
     "What the windows of a map are read from."
     info: RasterInfo # Gives the grid
-    plan: WindowPlan
+    plan: WindowPlan # Windows and their weights
     bands: tuple[str, ...]|None = None # Bands to read; `None` for all
     scale: BandScale|None = None # Applied to them
     read: Callable|None = None # Reads instead of the raster: from row, col, height and width to channels (c, h, w) and valid (h, w)
@@ -143,7 +143,7 @@ def _ask(score, images, source, place):
 
 def score_row(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b k h w"]], # From scaled images, 0 where not valid, to logits
-    source: WindowSource,
+    source: WindowSource, # What the windows are read from
     k: int, # Number of the row of windows, from 0
     *,
     pool: Executor|None = None, # One thread that reads ahead

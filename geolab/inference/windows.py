@@ -82,7 +82,7 @@ def _draw_band(draft, layers, watch, logits, wanted, carry, row):
 # %% ../../nbs/inference/60_windows.ipynb #fc6d0b02
 def draw_map(
     rows: Callable[[Sequence[int]], Iterable[RowScores]], # From numbers of rows of windows to what each of them gives, in this order, as `score_row` does
-    source: WindowSource,
+    source: WindowSource, # What the windows are read from
     layers: Sequence[Layer], # Files to write in one pass; the map has the name of the first
     *,
     key: Any = None, # Plain value that names what the logits and layers depend on besides `source`; a draft is continued under the same key only, and never under `None`
@@ -121,7 +121,7 @@ def draw_map(
 # %% ../../nbs/inference/60_windows.ipynb #ceb15944
 def score_rows(
     score: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b k h w"]], # From scaled images to logits
-    source: WindowSource,
+    source: WindowSource, # What the windows are read from
     progress: bool = True, # Show a bar with the time left
 ) -> Callable[[Sequence[int]], Iterable[RowScores]]: # For `draw_map`
     "Rows of windows, computed one by one in this process."
