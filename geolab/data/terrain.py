@@ -309,11 +309,15 @@ class StackPlan:
     @classmethod
     def from_dict(cls, values: dict) -> "StackPlan": return cls(*({k: tuple(v) for k, v in values[name].items()} for name in ("origin", "modalities")))
 
-    def sources(self, without: Sequence[str] = ()) -> set[str]:
+    def sources(self,
+        without: Sequence[str] = (), # Modalities that are missing
+    ) -> set[str]: # Names of auxiliaries
         "Auxiliaries that are read for all modalities but some."
         return {self.origin[b][0] for name, bands in self.modalities.items() if name not in without for b in bands} - {"image", "index"}
 
-    def grouped(self, modalities: Mapping[str, Sequence[str]]) -> "StackPlan":
+    def grouped(self,
+        modalities: Mapping[str, Sequence[str]], # Bands by modality
+    ) -> "StackPlan":
         "The same bands in other modalities; those that none of them names are left out."
         named = [b for bands in modalities.values() for b in bands]
         if twice := sorted({b for b in named if named.count(b) > 1}): raise ConfigError(f"modalities: {', '.join(twice)} is named twice; a band belongs to one modality")
@@ -380,7 +384,7 @@ def _makers(plan, info, auxiliary, without, stack):
     return {b: None if name in without else maker(b) for name, bands in plan.modalities.items() for b in bands}
 
 def write_stack(
-    plan: StackPlan,
+    plan: StackPlan, # Which bands, and where they come from
     image: RasterInfo|Path|str, # Gives the grid, and the bands of `image`
     auxiliary: Mapping[str, RasterInfo|Path|str], # Raster of each auxiliary by name; may lie on another grid
     dst: Path|str, # GeoTIFF to write

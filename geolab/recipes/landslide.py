@@ -114,7 +114,7 @@ def refine(
     network_map: Path|str, # Of `draw_probabilities`
     image: Path|str, # The image that was mapped
     dst: Path|str, # GeoTIFF to write
-    crf: CrfConfig,
+    crf: CrfConfig, # Settings of the CRF, with the names of the document
     **kwargs, # For `predict_windows`
 ) -> Path: # Bands `probability_low` and so on
     "Smooth the probabilities of a map along the edges of its image."
