@@ -49,19 +49,19 @@ from ..worlds.thaw_slump import BANDS, make_world
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #c8a29a9a
 class WorldConfig(Config):
     "The made world that stands in for data."
-    scenes: int = Field(6, ge=1)
+    scenes: int = Field(6, ge=1)                # Number of images
     size: int = Field(1536, ge=256)             # Side of a scene, in pixels
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #bcb0a222
 class ThawSlumpConfig(GuideConfig):
     "Everything that changes what a run does."
-    target_precision: float = Field(.8, gt=0, lt=1)
-    confidence: float = Field(.95, gt=.5, lt=1)
-    ratio_unit: Literal["tile", "pixel"] = "tile"
+    target_precision: float = Field(.8, gt=0, lt=1)  # Precision that thresholds are chosen for
+    confidence: float = Field(.95, gt=.5, lt=1)  # Of intervals and certificates
+    ratio_unit: Literal["tile", "pixel"] = "tile"  # What ratios such as 1:500 count
     gate: str|list[str]|None = None             # Two stages: susceptibility rasters on the grid of the images (file, folder, pattern); searched is what lies above a cut
     max_recall_loss: float = Field(.05, gt=0, lt=1)  # Two stages: share of the recall that the gate may lose
-    min_object_pixels: int = Field(1, ge=1)
-    object_iou: float = Field(.5, gt=0, le=1)
+    min_object_pixels: int = Field(1, ge=1)     # Smaller objects are neither drawn nor counted
+    object_iou: float = Field(.5, gt=0, le=1)   # IoU from which on an object counts as found
     overlap: float = Field(.25, ge=0, le=.75)   # Share by which windows of the map overlap
     labels: LabelsConfig = LabelsConfig()
     split: SplitConfig = SplitConfig()
@@ -159,7 +159,7 @@ class Work:
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #d571a033
 def chosen_bands(
     bands: tuple[str, ...], # Bands of the images
-    config: ThawSlumpConfig,
+    config: ThawSlumpConfig, # Names the bands, or how many
 ) -> tuple[str, ...]: # In the order in which the network gets them
     "Names of the bands to use."
     n = config.input_channels
@@ -174,7 +174,7 @@ def chosen_bands(
 def plan_bands(
     bands: Sequence[str], # Of the images
     auxiliary: Mapping[str, Sequence[str]], # Of the rasters beside them, by modality
-    config: ThawSlumpConfig,
+    config: ThawSlumpConfig, # Says what is chosen, derived and fused
 ) -> StackPlan: # Of all bands that the network gets
     "Which bands the network gets, and to which modality they belong."
     c, whole = config, config.modalities is not None
@@ -187,7 +187,7 @@ def plan_bands(
     return plan
 
 def colour_bands(
-    plan: StackPlan,
+    plan: StackPlan, # Of all bands that the network gets
 ) -> tuple[int, ...]|None: # Positions in the network's image; `None` where there is no colour
     "Which bands colour augmentation may touch: the light of the image, never an index, a height or another sensor."
     light = [b for b in plan.bands if plan.origin[b][0] == "image" and b not in (*INDICES, *TERRAIN, "relief")]
@@ -227,7 +227,7 @@ def cut(self: Work):
 
 # %% ../../nbs/recipes/74_thaw_slump.ipynb #b03290fd
 def loss_of(
-    config: ThawSlumpConfig,
+    config: ThawSlumpConfig, # Names the loss and its weights
 ) -> nn.Module: # Called with logits, target and valid
     "The loss that the keys describe."
     c = config
@@ -235,7 +235,7 @@ def loss_of(
         combined=dict(focal_weight=1 - c.dice_weight, dice_weight=c.dice_weight, alpha=c.focal_alpha, gamma=c.focal_gamma))[c.loss])
 
 def counter_of(
-    config: ThawSlumpConfig,
+    config: ThawSlumpConfig, # Names the loss
 ) -> Callable[[Sequence[str]], ScoreHistogram]: # Makes a histogram, given the blocks
     "What counts the logits of a network that was trained with this loss."
     return partial(ScoreHistogram, lo=-100., hi=100.) if config.loss in ("tversky", "dice", "combined") else ScoreHistogram
