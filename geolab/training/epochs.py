@@ -92,10 +92,10 @@ class EpochBatches:
         batch_size: int, # Samples per batch and process
         *,
         sampler: Sampler|None = None, # Gives the indices of an epoch, over all processes; must have `set_epoch(epoch)`; `None` shuffles all
-        seed: int = 0,
-        steps: int|None = None, # At most so many steps of the optimiser an epoch
+        seed: int = 0, # Of the order, and of what the workers draw
+        steps: int|None = None, # At most so many steps of the optimiser an epoch; `None`: all that the tiles fill
         accumulate: int = 1, # Batches per step of the optimiser
-        workers: int = 0, # Processes that load samples; `close` ends them
+        workers: int = 0, # Processes that load samples, 0 for none; `close` ends them
     ):
         if sampler is not None and not hasattr(sampler, "set_epoch"):
             raise ConfigError(f"the sampler {type(sampler).__name__} has no `set_epoch(epoch)`, so an epoch could not be repeated; use RatioSampler, or add the method")
@@ -229,7 +229,7 @@ class RankDisagreement:
     other: str             # The one to compare with
     best_epoch: int|None   # The best by `metric`, from 1
     other_epoch: int|None  # The best by `other`
-    lost: float|None       # What `other` is worse in `best_epoch` than in `other_epoch`, 0 or more, in its own unit
+    lost: float|None       # How much worse `other` is in `best_epoch` than in `other_epoch`, 0 or more, in its own unit; `None` where undefined there
     tau: float|None        # Kendall's rank correlation of the two over the epochs, 1 if they agree in all; `None` with fewer than two epochs
 
     @property

@@ -29,14 +29,14 @@ from .epochs import EpochBatches, checkpoint_file, end_workers, load_state, save
 # %% ../../nbs/training/50_fit.ipynb #a701111c
 class FitConfig(Config):
     "How a network is trained."
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam"] = "adamw"     # AdamW takes weight decay apart from the gradient
     learning_rate: float = Field(1e-3, gt=0)          # At the first epoch
-    weight_decay: float = Field(1e-2, ge=0)
-    scheduler: Literal["cosine_annealing", "none"] = "cosine_annealing"
+    weight_decay: float = Field(1e-2, ge=0)           # As torch's optimiser takes it
+    scheduler: Literal["cosine_annealing", "none"] = "cosine_annealing"  # "none" keeps `learning_rate`
     min_lr: float = Field(1e-6, ge=0)                 # At the end of the cosine
     cosine_epochs: int|None = Field(None, ge=1)       # Epochs from `learning_rate` to `min_lr`; `None` takes `max_epochs`
     batch_size: int = Field(8, ge=1)                  # Tiles at a time, per process
-    max_epochs: int = Field(50, ge=1)
+    max_epochs: int = Field(50, ge=1)                 # Training ends here at the latest
     accumulate: int = Field(1, ge=1)                  # Batches whose gradients are averaged into one step of the optimiser
     steps_per_epoch: int|None = Field(None, ge=1)     # At most so many steps of the optimiser an epoch; `None` goes through all that the sampler gives
     early_stopping_patience: int = Field(10, ge=1)    # Epochs without improvement after which training stops
@@ -60,7 +60,7 @@ class FitConfig(Config):
 
 # %% ../../nbs/training/50_fit.ipynb #a51668d9
 def image_logits(
-    network: Callable, # From images (b, c, h, w) to logits (b, 1, h, w) or (b, h, w)
+    network: Callable, # From images (b, c, h, w) to logits (b, 1, h, w) or (b, h, w); of several classes (b, k, h, w), which stay so
     batch: dict, # Samples put together: `image`, `mask`, `valid`
 ) -> tuple[Float[Tensor, "b h w"], Tensor, Bool[Tensor, "b h w"]]: # Logits, mask, valid
     "Logits of a batch of image tiles, with what they are compared to."
@@ -385,7 +385,7 @@ def fit(
     loss: Callable, # `loss(logits, mask, valid=valid)`, logits float32
     train: Dataset, # Samples with `image`, `mask`, `valid`, `block`, `id`
     val: Dataset, # The same, without augmentation
-    config: FitConfig,
+    config: FitConfig, # How to train
     *,
     out: Path|str, # Folder for `checkpoints/` and `history.json`; the same folder continues
     val_metrics: Callable[[ScoreHistogram], dict[str, float|None]] = lambda histogram: {}, # Numbers to write down and to stop by, beside `val_loss`

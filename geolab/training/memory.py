@@ -162,7 +162,7 @@ def plot_memory(
     rows: Sequence[MemoryRow], # Of `memory_profile`
     memory_gib: float|None = None, # Memory of a GPU, as a line
     *,
-    label: str|None = None, # In the legend
+    label: str|None = None, # Name in the legend; `None` draws no legend
     ax = None, # Axes to draw on; `None` makes some
 ): # The axes
     "Draw the peak of a training step by batch size."
