@@ -119,7 +119,7 @@ def save_model(
     network: nn.Module, # Trained
     *,
     builder: str, # Key of `BUILDERS`
-    arguments: dict, # Plain values with which the builder makes this network
+    arguments: dict, # Plain values, from which the builder makes this network
     scale: BandScale, # Bands and their scale, as the network saw them
     tile_size: int, # Side of a training tile, in pixels
     extra: dict|None = None, # Plain values to keep with the model

@@ -63,11 +63,16 @@ class LSTMPerformanceTracker:
         "Metrics of an epoch on the training part."
         self._log("training", epoch, metrics)
 
-    def log_validation_metrics(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        "Metrics of an epoch on the validation part; `loss`, `auc_roc` and `auc_pr` are read by the summary."
+    def log_validation_metrics(self,
+        epoch: int, # Counted as in training
+        metrics: Mapping[str, float], # `loss`, `auc_roc` and `auc_pr` are read by the summary
+    ) -> None:
+        "Metrics of an epoch on the validation part."
         self._log("validation", epoch, metrics)
 
-    def log_test_metrics(self, metrics: Mapping[str, float]) -> None:
+    def log_test_metrics(self,
+        metrics: Mapping[str, float], # `auc_roc` and `auc_pr` are read by the summary
+    ) -> None:
         "Metrics of the kept weights on the test part; the targets are judged by them."
         self.test = {str(k): _number(v, k, -math.inf) for k, v in metrics.items()}
 
@@ -83,7 +88,7 @@ def log_inference_time(self: LSTMPerformanceTracker,
 
 @patch
 def log_memory_usage(self: LSTMPerformanceTracker,
-    memory_mb: float, # MB
+    memory_mb: float, # In units of 1e6 bytes
     kind: Literal["gpu", "process"] = "gpu", # Of a GPU, or resident memory of the process
 ) -> None:
     "Memory at some moment."
@@ -100,7 +105,9 @@ def log_training_time(self: LSTMPerformanceTracker,
     self.training = device, _number(seconds, "seconds")
 
 @patch
-def log_model(self: LSTMPerformanceTracker, network: nn.Module) -> None:
+def log_model(self: LSTMPerformanceTracker,
+    network: nn.Module, # Its parameters and buffers are counted
+) -> None:
     "Size of a network."
     held = [*network.parameters(), *network.buffers()]
     self.model = dict(parameters=sum(p.numel() for p in network.parameters()), mb=sum(x.numel()*x.element_size() for x in held)/1e6)
@@ -222,12 +229,16 @@ def drift(self: LSTMPerformanceTracker,
 
 # %% ../../nbs/training/54_tracking.ipynb #ba4a4382
 @patch
-def save(self: LSTMPerformanceTracker, path: Path|str) -> Path: # A JSON file
+def save(self: LSTMPerformanceTracker,
+    path: Path|str, # JSON file to write
+) -> Path: # The same
     "Write all that was logged."
     return write_json(path, dict(version=1, targets=self.targets.plain(), epochs=self.epochs, test=self.test, inference=self.inference, memory=self.memory, training=self.training, model=self.model))
 
 @patch(cls_method=True)
-def load(cls: LSTMPerformanceTracker, path: Path|str) -> "LSTMPerformanceTracker":
+def load(cls: LSTMPerformanceTracker,
+    path: Path|str, # JSON file that `save` wrote
+) -> "LSTMPerformanceTracker":
     "Read what `save` wrote."
     kept = read_json(path)
     try:
@@ -414,7 +425,7 @@ def follow(
     every: float = 2., # Seconds between two looks
     ends: Mapping[str, type[BaseException]] = {}, # Errors that end a run on purpose, by the tag that says so, such as `pruned`
     **options, # Of `RunTracker`
-) -> Iterator[RunTracker|None]:
+) -> Iterator[RunTracker|None]: # `None` where nothing is tracked
     "Track a run folder while the block runs."
     if uri is None:
         yield None
@@ -443,7 +454,7 @@ def open_group(
     uri: str|Path = DEFAULT, # As in `store_uri`
     *,
     experiment: str, # Its name, unless MLFLOW_EXPERIMENT_NAME says another
-    tags: Mapping[str, str] = {}, # Of the run
+    tags: Mapping[str, str] = {}, # Of the MLflow run
 ) -> RunTracker: # With `client` and `run_id`; `parent=tracker.run_id` nests runs in it
     "An MLflow run that holds others."
     tracker = RunTracker(folder, uri)
