@@ -30,7 +30,7 @@ from .training.runs import Run
 class Scored:
     "What a finished run brings to a comparison."
     hist: ScoreHistogram    # Counted logits of its test part
-    logit: float|None       # Its threshold
+    logit: float|None       # Its threshold; `None` if it has none
     seconds: float = 0.     # Of its training
     parameters: int|None = None # Of its network
 
@@ -53,9 +53,9 @@ def _numbers_in(path):
 METRICS = dict(average_precision="average precision", recall_at_precision="recall at precision", iou="IoU")
 
 def redraw(
-    run: Scored,
+    run: Scored, # Of one seed
     draws: Int[np.ndarray, "r b"], # How often each block counts, in the order of `run.hist.blocks`
-    precision: float = .8, # To be reached
+    precision: float = .8, # At which recall is read, 0 to 1
     ratio: Ratio|str|None = None, # Positives to negatives, in tiles; `None` keeps the set's own
 ) -> dict[str, Float[np.ndarray, " r"]]: # By metric; NaN where a draw holds no positives
     "The metrics of redrawn blocks."
@@ -108,9 +108,9 @@ class Comparison:
     def __init__(self,
         runs: Mapping[str, Mapping[int, Scored]], # By row, by seed
         *,
-        precision: float = .8, # At which recall is read
+        precision: float = .8, # At which recall is read, 0 to 1
         ratio: Ratio|str|None = None, # Positives to negatives, in tiles; `None` keeps the set's own
-        confidence: float = .95, # Of intervals
+        confidence: float = .95, # Of intervals, 0 to 1
         replicates: int = 400, # Of the bootstrap
         seed: int = 0, # Of the bootstrap
     ):
@@ -153,7 +153,7 @@ def estimate(self: Comparison,
 @patch
 def table(self: Comparison,
     baseline: str|None = None, # Row that the others are set against; `None` leaves differences out
-) -> pd.DataFrame: # A row each: metrics, intervals (`_low`, `_high`), differences (`gain_`), cost, remark
+) -> pd.DataFrame: # A row each: metrics, intervals (`_low`, `_high`), `reached` (seeds that reach the precision), differences (`gain_`), cost, remark
     "All rows."
     if baseline is not None and baseline not in self.runs: raise DataError(f"the baseline `{baseline}` is not among the rows; there are {', '.join(self.runs)}")
     rows = []
@@ -186,7 +186,7 @@ def pareto_front(
 # %% ../nbs/80_compare.ipynb #aff78a07
 def plot_pareto(
     found: pd.DataFrame, # Of `Comparison.table`
-    precision: float = .8, # Named on the axis
+    precision: float = .8, # At which recall was read; named on the axis
     ax=None, # Axes; `None` makes a figure
 ): # The axes
     "Recall at precision over the seconds of training; a line joins what is worth its cost."

@@ -19,10 +19,10 @@ from .core import Config, ConfigError, RunError, content_hash, require_extra, to
 # %% ../nbs/79_search.ipynb #776641c7
 class Range(Config):
     "Numbers to search in; whole numbers if both ends are."
-    low: int|float
-    high: int|float
+    low: int|float                       # Smallest number, included
+    high: int|float                      # Largest number, included
     log: bool = False                    # Even in the logarithm, for learning rates and the like
-    step: int|float|None = Field(None, gt=0)  # `None`: any number between
+    step: int|float|None = Field(None, gt=0)  # Between neighbouring numbers; `None`: any number between
 
     @model_validator(mode="after")
     def _ordered(self):

@@ -33,7 +33,7 @@ class MatrixConfig(Config):
     profile: str = "quick"                       # Of the recipe; `--profile` replaces it
     data: dict[str, Any] = {}                    # As in the recipe's `run`: images, labels, table, ...; none: its made world
     base: dict[str, Any] = {}                    # Settings of all rows, over the profile
-    seeds: list[int] = Field([42], min_length=1)
+    seeds: list[int] = Field([42], min_length=1) # Each row runs with each of them
     rows: dict[str, dict[str, Any]|None] = {}    # By name: settings over the base; dots lead into groups
     axes: dict[str, list[Any]] = {}              # By key: values; every combination is a row
     baseline: str|None = None                    # Row that the others are set against; `None`: the first
@@ -135,8 +135,8 @@ def read_settings(
 @dataclass(frozen=True)
 class Matrix:
     "A matrix whose rows were checked."
-    name: str
-    config: MatrixConfig
+    name: str                   # Of the file or the example
+    config: MatrixConfig        # With the chosen profile laid over
     module: ModuleType          # The recipe
     rows: dict[str, dict]       # Settings over the profile, by row
 
@@ -147,7 +147,7 @@ class Matrix:
 def read_matrix(
     source: str|Path|dict, # A YAML file, the name of an example, or plain values
     profile: str|None = None, # Of the recipe; `None`: as the matrix says
-) -> Matrix:
+) -> Matrix: # Its rows are valid settings of the recipe
     "Read a matrix and check every row."
     name, values = "matrix", source
     if not isinstance(source, dict):
@@ -198,9 +198,9 @@ def _check_rows(matrix):
 @dataclass(frozen=True)
 class Cell:
     "A row with a seed."
-    row: str
-    seed: int
-    folder: Path
+    row: str # Name of the row
+    seed: int # Random seed of the run
+    folder: Path # Run folder
     values: dict # Settings over the profile
 
     def __str__(self): return f"{self.row}, seed {self.seed}"
@@ -209,12 +209,15 @@ class Cell:
         try: return bool(Run.load(self.folder))
         except RunError: return False
 
-def cells_of(matrix: Matrix, out: Path) -> list[Cell]:
-    "All cells, in the order in which they run."
+def cells_of(
+    matrix: Matrix, # From `read_matrix`
+    out: Path, # Folder of the sweep
+) -> list[Cell]: # In the order in which they run
+    "All cells."
     return [Cell(row, seed, Path(out)/"runs"/row/f"seed_{seed}", values) for seed in matrix.config.seeds for row, values in matrix.rows.items()]
 
 def check_folder(
-    matrix: Matrix,
+    matrix: Matrix, # From `read_matrix`
     out: Path, # Folder of the sweep
 ) -> None:
     "Refuse a folder that holds another sweep, or cells with other settings."
@@ -246,7 +249,7 @@ def _give_back():
 
 # %% ../nbs/81_sweep.ipynb #c35b2788
 def run_cells(
-    matrix: Matrix,
+    matrix: Matrix, # From `read_matrix`
     out: Path, # Folder of the sweep
     *,
     only: Sequence[str] = (), # Rows to run; none: all
@@ -330,7 +333,7 @@ def found_before(
 
 # %% ../nbs/81_sweep.ipynb #168f6b34
 def tabulate(
-    matrix: Matrix,
+    matrix: Matrix, # With the row that a search found, if any
     out: Path, # Folder of the sweep
     failed: dict[str, str] = {}, # Error by cell
 ) -> pd.DataFrame: # Of `Comparison.table`
