@@ -38,7 +38,7 @@ from .training.tracking import RunTracker, flatten
 COUNTED = ("valid", "positive", "own_valid", "own_positive", "fingerprint")
 
 def recount(
-    folder: Folder, # Of a run on images
+    folder: Folder, # Of a run on images, with its images and labels in place
 ) -> tuple[int, int, str]: # Blocks and tiles that were read again; id of the tile with most positives
     "Read some blocks again from images and labels; `RunError` unless they hold what split.json says."
     split, work = folder.run.split, folder.work
@@ -180,7 +180,7 @@ def stopped_by(
 
 # %% ../nbs/82_check.ipynb #658d632f
 def histories(
-    folder: Folder,
+    folder: Folder, # Of a trained run
 ) -> Iterator[tuple[str, list, int, str, str]]: # Name of the network, rows, best epoch, metric, why it ended
     "How each network of a run was trained."
     metric, patience, epochs = (_first(folder.config, *names) for names in (("early_stopping_metric",), ("early_stopping_patience", "patience"), ("max_epochs", "num_epochs", "epochs")))
@@ -330,7 +330,7 @@ def _final_classes(folder, test):
 
 # %% ../nbs/82_check.ipynb #fdab0673
 def tracked(
-    folder: Folder,
+    folder: Folder, # Of a run that may have been tracked
 ) -> tuple[Any, Any, dict]: # The store's client, the MLflow run, and the files that were logged
     "The run in MLflow."
     if not (folder.path/"mlflow.json").is_file(): raise NotApplicable(f"the run was not tracked: it has no mlflow.json; `geolab track {folder.path}` logs it afterwards")

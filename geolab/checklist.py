@@ -31,9 +31,9 @@ class Line:
 @dataclass(frozen=True)
 class Checklist:
     "All lines for one run."
-    folder: str
-    recipe: str
-    lines: tuple[Line, ...]
+    folder: str # The run folder
+    recipe: str # Its recipe
+    lines: tuple[Line, ...] # In the order of the guide
     @property
     def failed(self) -> tuple[Line, ...]: return tuple(line for line in self.lines if line.state == "failed")
     def __getitem__(self, words: str) -> Line: # The first line whose title holds these words
@@ -47,7 +47,7 @@ class Checklist:
 def _source(line): return f" [{', '.join(x for x in (line.file, line.date) if x)}]" if line.file else ""
 
 def as_text(
-    found: Checklist,
+    found: Checklist, # To be shown
     width: int|None = None, # Characters; `None` takes those of the terminal, at most 150
 ) -> str: # A table: state, line, evidence
     "The checklist for a terminal."
@@ -62,7 +62,7 @@ def as_text(
     return "\n".join(rows)
 
 def as_html(
-    found: Checklist,
+    found: Checklist, # Its texts are escaped
 ) -> str: # A table; states are words as well as colours
     "The checklist for a notebook."
     colours, rows, stage = {"passed": "#1b7837", "failed": "#b2182b", "not applicable": "#555555"}, "", None
@@ -120,7 +120,7 @@ class NotApplicable(Exception):
 
 def judge(
     check: Callable[[Folder], str], # Returns the evidence; raises what is wrong, or `NotApplicable`
-    folder: Folder,
+    folder: Folder, # Of the run
 ) -> tuple[str, str]: # State and evidence
     "Run one check."
     try: return "passed", check(folder)
