@@ -24,18 +24,18 @@ from .report import RunFiles
 # %% ../nbs/83_explorer.ipynb #a74cc18e
 class Tile(NamedTuple):
     "A sample to look at while the threshold moves."
-    name: str
+    name: str # Its id
     image: UInt8[np.ndarray, "3 h w"] # Red, green, blue
     truth: Bool[np.ndarray, "h w"] # True where the labels are positive
     probability: Float[np.ndarray, "h w"] # Calibrated probabilities
     valid: Bool[np.ndarray, "h w"] # True where pixels count
 
 def plot_tile(
-    tile: Tile,
-    probability: float, # Pixels at or above it are flagged
+    tile: Tile, # To be drawn
+    probability: float, # Pixels whose calibrated probability is at or above it are flagged
     ax = None, # Axes; `None` makes a figure
 ): # The axes
-    "Image with the outline of the labels (blue) and of what is flagged (orange)."
+    "Image with the outline of the labels (blue) and of what is flagged (orange); grey has no data."
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(2, 2), dpi=72)[1] if ax is None else ax
     flagged = (tile.probability >= probability) & tile.valid
@@ -50,7 +50,7 @@ def plot_tile(
 # %% ../nbs/83_explorer.ipynb #840fa6ba
 def describe_trial(
     hist: ScoreHistogram, # Counted logits
-    logit: float, # Threshold
+    logit: float, # Threshold, before calibration
     rarity: int|None = None, # Negatives per positive; `None` keeps the set's own
     unit: Literal["tile", "pixel"] = "tile", # What the rarity counts
 ) -> tuple[dict, str]: # As `metrics_at`; one sentence
@@ -65,12 +65,12 @@ def describe_trial(
 
 def plot_trial(
     hist: ScoreHistogram, # Counted logits
-    logit: float, # Threshold
+    logit: float, # Threshold, before calibration
     rarity: int|None = None, # Negatives per positive; `None` keeps the set's own
     unit: Literal["tile", "pixel"] = "tile", # What the rarity counts
     *,
-    calibrator: Calibrator|None = None, # Gives the probability of the threshold
-    target: float|None = None, # Wanted precision, drawn as a line
+    calibrator: Calibrator|None = None, # Gives the probability of the threshold; `None` is the identity
+    target: float|None = None, # Wanted precision, 0 to 1, drawn as a line
     tiles: Iterable[Tile] = (), # Drawn below, at most six
     figure = None, # Matplotlib figure; `None` makes one
 ): # The figure
@@ -90,7 +90,7 @@ def plot_trial(
     except DataError: right.set(xscale="log", xlim=(RARITIES[0], RARITIES[-1])) # too few empty tiles to speak about another rarity
     if rarity is not None and here["precision"] is not None: right.plot(rarity, here["precision"], "o", color=COLOURS[1])
     p = (calibrator or Calibrator()).probability(logit)
-    right.set(xlabel="negatives per positive", ylim=(0, 1.03), title=f"logit {logit:.2f}, probability {p:.2g}")
+    right.set(xlabel="negatives per positive", ylabel="precision", ylim=(0, 1.03), title=f"logit {logit:.2f}, probability {p:.2g}")
     if target is not None:
         for ax in (left, right): ax.axhline(target, color=".4", lw=1, ls="--")
     if tiles:
@@ -105,8 +105,8 @@ class ThresholdExplorer:
     def __init__(self,
         source: ScoreHistogram|Path|str, # Counted logits, or a run folder
         *,
-        part: str = "test", # Of a run: which part of its blocks
-        logit: float|None = None, # Threshold to begin with; `None` takes that of the run's map, else 0
+        part: str = "test", # Of a run: `val`, `cal` or `test`, whose blocks were scored
+        logit: float|None = None, # Threshold to begin with, before calibration; `None` takes that of the run's map, else 0
         unit: Literal["tile", "pixel"]|None = None, # What rarity counts; `None` takes that of the run, else tiles
         calibrator: Calibrator|None = None, # `None` takes that of the run, if there is one
         target: float|None = None, # Wanted precision; `None` takes that of the run

@@ -75,12 +75,16 @@ def percent(
     return value if isinstance(value, Missing) else f"{100*value:.{digits}f}\u00a0%"
 
 # %% ../nbs/68_page.ipynb #6074d866
-def facts(pairs: dict[str, Any]) -> Html:
+def facts(
+    pairs: dict[str, Any], # Value by name, as `show` takes it
+) -> Html: # A list
     "Names and values."
     return tag("dl", [tag("div", tag("dt", k), tag("dd", show(v))) for k, v in pairs.items()])
 
-def absent(reason: str) -> Html:
-    "A paragraph that says why something is not shown."
+def absent(
+    reason: str, # One sentence
+) -> Html: # A paragraph
+    "Why something is not shown."
     return tag("p", reason, class_="none")
 
 def _cells(row, kind):
@@ -96,7 +100,7 @@ def table(
     caption: str, # One sentence: what to see
     head: list[str], # Column names
     rows: Iterable[list], # One list of values per row
-    words: Iterable[int] = (), # Columns of words, aligned to the left, beside the first
+    words: Iterable[int] = (), # Numbers of columns of words, which are aligned to the left, as the first column (0) always is
 ) -> Html: # A table that scrolls sideways on narrow screens
     "A table of values and reasons."
     kind = lambda i: None if i == 0 else "w" if i in words else "n"
@@ -138,7 +142,7 @@ def figure(
     caption: Any, # What to see
     alt: str, # What it shows
     size: tuple[float, float] = (6.2, 3.6), # Width and height, in inches
-) -> Html:
+) -> Html: # A figure that needs no other file
     "Draw, keep as a PNG file, and put into the page."
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
@@ -314,7 +318,7 @@ def _dial(label, name, **attributes):
 RARITIES = tuple(m*10**e for e in range(4) for m in (1, 2, 3, 5, 7)) + (10_000,) # Negatives per positive at which the slider stops; before them stands the set as it is
 
 def explorer(
-    logit: Float[np.ndarray, " n"], # Thresholds, increasing, at most 255
+    logit: Float[np.ndarray, " n"], # Thresholds before calibration, increasing, at most 255
     probability: Float[np.ndarray, " n"], # What each means as a calibrated probability
     flagged: Int[np.ndarray, "3 n"], # Logits at or above each: of positives, of negatives in tiles with positives, of negatives in empty tiles
     totals: Int[np.ndarray, " 3"], # All of them

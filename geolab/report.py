@@ -304,7 +304,7 @@ def _prevalence(run):
 
 # %% ../nbs/69_report.ipynb #e7d886ea
 def part_explore(
-    run: RunFiles,
+    run: RunFiles, # With its scores and threshold
     unit: str = "pixels", # What the scores are of
 ) -> list[Html]:
     "Sliders for threshold and rarity, over the scores of the test blocks."
@@ -362,10 +362,10 @@ def _plan(run, found):
 
 # %% ../nbs/69_report.ipynb #175e1c33
 def part_calibration(
-    run: RunFiles,
+    run: RunFiles, # With its calibration.json
     unit: str = "pixels", # What the scores are of
 ) -> list[Html]:
-    "Reliability before and after."
+    "Reliability before and after calibration."
     c, hist = run.json("calibration.json"), run.scores()
     if "temperature" not in c: return [absent(f"No calibration: {pick(c, 'temperature')}.")]
     before, after = pick(c, "ece_before"), pick(c, "ece_after")
@@ -421,7 +421,10 @@ def part_samples(run: RunFiles) -> list[Html]:
     text = f"Each tile as image, labels (blue) and probability from 0 (dark) to {top:g} (yellow). Orange encloses what the threshold flags; grey has no data."
     return [tag("p", text), tag("div", out, class_="grid fill")]
 
-def part_map(run: RunFiles, most: int = 6) -> list[Html]:
+def part_map(
+    run: RunFiles, # With its folder map
+    most: int = 6, # Maps to show; of more it says how many
+) -> list[Html]: # Elements
     "The maps, with what was found."
     import geopandas
     paths, vectors = (sorted((run.path/"map").glob(g)) for g in ("*_probability.tif", "polygons*.parquet"))
@@ -447,7 +450,7 @@ def part_map(run: RunFiles, most: int = 6) -> list[Html]:
 
 # %% ../nbs/69_report.ipynb #b45e9f19
 def part_files(run: RunFiles) -> list[Html]:
-    "Sizes and hashes."
+    "Files of the folder, with sizes and hashes."
     names = sorted(p.relative_to(run.path) for p in run.path.rglob("*") if p.is_file())
     names = [n for n in names if n.parts[0] not in ("report.html", "stages.json", "figures") and not any(part[0] == "." for part in n.parts)]
     def size(n): return f"{show(round(n/1e6))} MB" if n >= 1e7 else f"{n/1e6:.1f} MB" if n >= 1e5 else f"{n/1e3:.1f} kB"
