@@ -43,7 +43,11 @@ class PolygonWatch:
         self.outliner, self.more, self.paths = Outliner(info, threshold, unit, **kwargs), more, ()
         self.files = PolygonFiles(folder, stem, pyproj.CRS.from_user_input(info.crs), suffixes, parts=parts)
 
-    def band(self, row: int, values: Float[np.ndarray, "h b w"], logits=None):
+    def band(self,
+        row: int, # Raster row of the first
+        values: Float[np.ndarray, "h b w"], # In the units of the map, NaN where there is none
+        logits=None, # Not looked at
+    ) -> None:
         "Take in a band; of several bands of the map the first counts."
         self.files.add(self.outliner.band(row, values[:, 0], ~np.isnan(values[:, 0])))
 
@@ -99,7 +103,11 @@ class ScoreWatch:
         rows, cols = (range(-(-n//(tile*block_tiles))) for n in (info.height, info.width))
         self.scores = ScoreHistogram([f"r{i:02}c{j:02}" for i in rows for j in cols])
 
-    def band(self, row: int, values, logits: Float[np.ndarray, "h k w"]):
+    def band(self,
+        row: int, # Raster row of the first
+        values, # Not looked at
+        logits: Float[np.ndarray, "h k w"], # NaN where there is no map
+    ) -> None:
         "Take in a band; of several channels the first counts."
         self.held.append(logits[:, 0])
         while sum(map(len, self.held)) >= self.tile: self._count(self.tile)

@@ -179,12 +179,16 @@ class Kind(NamedTuple):
     offset: float = 0. # Value that the number 0 stands for
     half: bool = False # 16 bits in the file
 
-    def store(self, values: np.ndarray) -> np.ndarray:
+    def store(self,
+        values: np.ndarray, # What `transform` of the layer gives
+    ) -> np.ndarray: # Of `dtype`
         "Numbers that stand for values."
         if self.half: return values.astype(np.float16).astype(np.float32)
         return np.rint((values - self.offset)/self.step).clip(0, self.nodata - 1).astype(self.dtype) if self.step != 1 else values.astype(self.dtype)
 
-    def restore(self, numbers: np.ndarray) -> Float[np.ndarray, "..."]:
+    def restore(self,
+        numbers: np.ndarray, # As `store` gives them
+    ) -> Float[np.ndarray, "..."]:
         "Values as float32, NaN where there is no map."
         values = self.offset + self.step*numbers.astype(np.float64)
         return np.where(np.isnan(numbers) if np.isnan(self.nodata) else numbers == self.nodata, np.nan, values).astype(np.float32)

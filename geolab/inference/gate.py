@@ -145,7 +145,11 @@ class GateWatch:
         gate = _gate_of(threshold)
         self.threshold, self.count, self.gate = threshold, BackgroundCount(info, gate["logit"], gate["block_size_px"], unit, calibrator), None
 
-    def band(self, row: int, values: Float[np.ndarray, "h b w"], logits=None):
+    def band(self,
+        row: int, # Raster row of the first
+        values: Float[np.ndarray, "h b w"], # In the units of the map, NaN where there is none
+        logits=None, # Not looked at
+    ) -> None:
         "Count a band; of several bands of the map the first counts."
         self.count.band(row, values[:, 0], ~np.isnan(values[:, 0]))
 

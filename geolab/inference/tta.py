@@ -24,12 +24,16 @@ class Symmetry(NamedTuple):
     flip_rows: bool = False # Then the first row becomes the last
     flip_cols: bool = False # And the first column the last
 
-    def __call__(self, x: Float[Tensor, "... h w"]) -> Float[Tensor, "... _ _"]:
+    def __call__(self,
+        x: Float[Tensor, "... h w"], # Image, mask or logits
+    ) -> Float[Tensor, "... _ _"]: # Rows and columns exchanged if it is transposed
         "The image as it looks from there."
         if self.transpose: x = x.transpose(-1, -2)
         return x.flip([axis for axis, flip in ((-2, self.flip_rows), (-1, self.flip_cols)) if flip])
 
-    def inverse(self, x: Float[Tensor, "... h w"]) -> Float[Tensor, "... _ _"]:
+    def inverse(self,
+        x: Float[Tensor, "... h w"], # What `__call__` gave, or an answer to it
+    ) -> Float[Tensor, "... _ _"]:
         "Back again: `s.inverse(s(x))` is `x`."
         x = x.flip([axis for axis, flip in ((-2, self.flip_rows), (-1, self.flip_cols)) if flip])
         return x.transpose(-1, -2) if self.transpose else x

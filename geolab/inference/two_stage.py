@@ -113,14 +113,20 @@ class GatedScores:
         new = copy(self)
         new.whole, new.parts = change(self.whole, None), {cut: change(part, cut) for cut, part in self.parts.items()}
         return new
-    def select(self, blocks: Sequence[str]) -> "GatedScores": return self._each(lambda hist, _: hist.select(blocks))
+    def select(self,
+        blocks: Sequence[str], # Ids of the blocks to keep
+    ) -> "GatedScores": return self._each(lambda hist, _: hist.select(blocks))
     def __add__(self, other):
         if self.cuts != other.cuts: raise DataError(f"scores with different cuts cannot be merged: {self.cuts} and {other.cuts}")
         return self._each(lambda hist, cut: hist + (other.whole if cut is None else other.parts[cut]))
 
-    def save(self, path: Path|str) -> Path: return save_scores(path, {"whole": self.whole} | {repr(cut): part for cut, part in self.parts.items()})
+    def save(self,
+        path: Path|str, # An `.npz` file to write
+    ) -> Path: return save_scores(path, {"whole": self.whole} | {repr(cut): part for cut, part in self.parts.items()})
     @classmethod
-    def load(cls, path: Path|str) -> "GatedScores":
+    def load(cls,
+        path: Path|str, # The file
+    ) -> "GatedScores":
         "Read what `save` wrote."
         kept = load_scores(path)
         if "whole" not in kept or len(kept) < 2: raise DataError(f"{path} holds no scores with a gate; `GatedScores.save` writes such files")

@@ -63,9 +63,9 @@ class ThawSlumpConfig(GuideConfig):
     min_object_pixels: int = Field(1, ge=1)     # Smaller objects are neither drawn nor counted
     object_iou: float = Field(.5, gt=0, le=1)   # IoU from which on an object counts as found
     overlap: float = Field(.25, ge=0, le=.75)   # Share by which windows of the map overlap
-    labels: LabelsConfig = LabelsConfig()
-    split: SplitConfig = SplitConfig()
-    world: WorldConfig = WorldConfig()
+    labels: LabelsConfig = LabelsConfig()       # Which polygons or numbers are positive
+    split: SplitConfig = SplitConfig()          # Blocks and parts of the ground
+    world: WorldConfig = WorldConfig()          # Used where no images are given
 
     @model_validator(mode="after")
     def _of_a_column(self):
