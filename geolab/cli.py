@@ -33,7 +33,7 @@ def recipe_module(
 
 # %% ../nbs/90_cli.ipynb #f79d1d29
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="Find rare events in satellite images, and say how far the map can be trusted. Start with: geolab run thaw_slump")
+    help="Find rare events in satellite images and sensor sequences, and say how far the map can be trusted. Start with: geolab run thaw_slump")
 
 RecipeName = Annotated[str, typer.Argument(help="Name of the recipe; `geolab recipes` lists them.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, made by `geolab run` or `geolab train`.")]
