@@ -126,6 +126,8 @@ def _speaks(address, patience):
         time.sleep(.1)
     return at.scheme != "tcp"
 
+_CALM = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
+
 @contextmanager
 def connect(
     cluster, # "local", "local:4", an address such as "tcp://10.0.0.5:8786", a scheduler file, or an open `Client`
@@ -137,7 +139,8 @@ def connect(
     name = str(cluster)
     with ExitStack() as stack:
         if local := re.fullmatch(r"local(?::([1-9]\d*))?", name):
-            at = stack.enter_context(distributed.LocalCluster(n_workers=int(local[1] or os.cpu_count()), threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL))
+            with require_extra("dask", "cluster").config.set(_CALM):
+                at = stack.enter_context(distributed.LocalCluster(n_workers=int(local[1] or os.cpu_count()), threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL))
         elif name.endswith(".json"):
             if not Path(name).is_file(): raise ConfigError(f"there is no scheduler file {name}; start one with: dask scheduler --scheduler-file {name}")
             try: at = json.loads(Path(name).read_text())["address"]

@@ -246,7 +246,7 @@ def finish(self: MapDraft,
         for i, (layer, kind) in enumerate(layers):
             (self.folder/f"map{i}.vrt").write_text(_vrt(info, layer, kind, f"rows{i}"), encoding="utf-8")
             rasterio.shutil.copy(self.folder/f"map{i}.vrt", self.folder/f"map{i}.tif", driver="COG", compress="deflate", level=1, predictor="yes", blocksize=512,
-                                 bigtiff="if_safer", resampling="average" if kind.dtype.kind == "f" or kind.step != 1 else "nearest", **dict(nbits=16) if kind.half else {})
+                                 bigtiff="if_safer", num_threads="all_cpus", resampling="average" if kind.dtype.kind == "f" or kind.step != 1 else "nearest", **dict(nbits=16) if kind.half else {})
             with open(self.folder/f"map{i}.tif", "rb") as f: os.fsync(f.fileno())
         for i, (layer, _) in reversed(list(enumerate(layers))): self._name(self.folder/f"map{i}.tif", Path(layer.path), layer.legend)
     except (RasterioError, CPLE_BaseError, OSError) as error:
