@@ -236,14 +236,16 @@ def says_who_won(
 ) -> str:
     "One sentence: which system has the highest quadratic kappa, and how surely."
     best = max(rivals, key=lambda name: -2 if rivals[name]["kappa_quadratic"] is None else rivals[name]["kappa_quadratic"])  # of equals the first
-    d = differences[best]
+    d, verb = differences[best], "is ahead"
     ours, theirs = mine["kappa_quadratic"], rivals[best]["kappa_quadratic"]
     if None in (ours, theirs): return "Which system wins cannot be said: the test blocks hold a single class."
     if d["low"] is None: sure = f"how surely cannot be said: {d['reason']}"
     else:
         low, high = d["low"]["kappa_quadratic"], d["high"]["kappa_quadratic"]
-        sure = f"the difference is {ours - theirs:+.3f} ({d['confidence']:.0%} interval {low:+.3f} to {high:+.3f})" + ("" if low > 0 or high < 0 else ", which these blocks cannot tell from none")
-    return f"{'The network wins' if ours > theirs else f'The {best} wins' if ours < theirs else 'Nobody is ahead'}: quadratic kappa {ours:.3f} of the map against {theirs:.3f} of the best simpler rule, the {best}; {sure}."
+        sure = f"the difference is {ours - theirs:+.3f} ({d['confidence']:.0%} interval {low:+.3f} to {high:+.3f})"
+        if low > 0 or high < 0: verb = "wins"
+        else: sure += ", which these blocks cannot tell from none"
+    return f"{f'The network {verb}' if ours > theirs else f'The {best} {verb}' if ours < theirs else 'Nobody is ahead'}: quadratic kappa {ours:.3f} of the map against {theirs:.3f} of the best simpler rule, the {best}; {sure}."
 
 @patch
 def evaluate(self: Work):
