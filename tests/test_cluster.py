@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import dask
 import geopandas as gpd
 import numpy as np
 import pytest
@@ -180,3 +181,11 @@ def test_a_scheduler_that_cannot_be_reached_is_refused_in_time(place, tmp_path, 
     code, _, error = geolab(capsys, run, image, tmp_path/"map.tif", "--cluster", "locale")
     assert code == 2 and "expected local, local:4, an address" in error
     assert names(tmp_path) == []
+
+
+def test_a_cluster_of_this_machine_spends_little_on_waiting():
+    "Its workers get the settings, and this process keeps its own."
+    names = ("distributed.worker.profile.enabled", "distributed.admin.tick.interval")
+    before = [dask.config.get(name) for name in names]
+    with connect("local:1", 120) as own: assert list(own.run(lambda: [dask.config.get(name) for name in names]).values()) == [[False, "1s"]] != [before]
+    assert [dask.config.get(name) for name in names] == before
